@@ -1,0 +1,52 @@
+"""Durable, crash-proof workflows on the Postgres you already run.
+
+The contract: at-least-once step execution, exactly-once transactional handoff, idempotent external effects.
+"""
+
+from durable_cluster.app import App, Machine
+from durable_cluster.client import Handle
+from durable_cluster.context import Context, short_id
+from durable_cluster.continuation import Continuation
+from durable_cluster.errors import (
+    AppError,
+    BatchLost,
+    ConfigurationError,
+    ConnectionFailed,
+    DatabaseError,
+    DurableError,
+    EmbeddedError,
+    HandlerError,
+    InputError,
+    NotInstalled,
+    ResultTimeout,
+    SchemaMismatch,
+    UnknownWorkflow,
+    WorkflowFailed,
+)
+from durable_cluster.settings import Settings
+from durable_cluster.statements import State
+
+__all__ = [
+    "App",
+    "AppError",
+    "BatchLost",
+    "ConfigurationError",
+    "ConnectionFailed",
+    "Context",
+    "Continuation",
+    "DatabaseError",
+    "DurableError",
+    "EmbeddedError",
+    "Handle",
+    "HandlerError",
+    "InputError",
+    "Machine",
+    "NotInstalled",
+    "ResultTimeout",
+    "SchemaMismatch",
+    "Settings",
+    "State",
+    "UnknownWorkflow",
+    "WorkflowFailed",
+    "short_id",
+]

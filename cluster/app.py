@@ -1,0 +1,180 @@
+"""An App holds machines; a machine is a named set of steps: plain functions, and which of them begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import psycopg
+
+from durable_cluster.client import Client, Handle
+from durable_cluster.errors import AppError, UnknownWorkflow
+from durable_cluster.runner import run_here
+from durable_cluster.settings import NAME_PATTERN, Settings
+from durable_cluster.types import Signature, encoded_input, signature_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A handler and how to call it."""
+
+    name: str
+    handler: Callable[..., Any]
+    signature: Signature
+    is_transactional: bool
+    decoder: msgspec.json.Decoder[Any]
+
+
+class Machine:
+    """A kind of workflow, written as steps that say what comes next."""
+
+    def __init__(self, app: App, name: str, *, state: Any, version: int) -> None:
+        self.app = app
+        self.name = checked_name("workflow", name)
+        self.version = version
+        self.steps: dict[str, Step] = {}
+        self.first: Step | None = None
+        self._state = state
+        self._names: dict[Callable[..., Any], str] = {}
+
+    def step(self, *, start: bool = False, transactional: bool = False, name: str | None = None) -> Callable[[F], F]:
+        """Make a function a step of this machine; it stays the plain function that it is.
+
+        The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns ``ctx.goto(step, state)``,
+        ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here. ``transactional``: runs inside the
+        transaction that hands the workflow on, with ``ctx.tx``. Raises AppError for a signature that cannot be called.
+        """
+
+        def register(function: F) -> F:
+            step_name = checked_name("step", name or function.__name__)
+            signature = signature_of(function, default=self._state)
+            if step_name in self.steps:
+                raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
+            if transactional and signature.is_async:
+                raise AppError(f"step '{step_name}' is async and transactional; a transactional step is a plain def")
+            if start and self.first is not None:
+                raise AppError(f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True")
+            step = Step(
+                name=step_name,
+                handler=function,
+                signature=signature,
+                is_transactional=transactional,
+                decoder=_decoder(signature.state, step_name),
+            )
+            self.steps[step_name] = step
+            self._names[function] = step_name
+            if start:
+                self.first = step
+            return function
+
+        return register
+
+    def step_name(self, step: str | Callable[..., Any]) -> str:
+        """The name of one of this machine's steps. Raises AppError for any other."""
+        name = self._names.get(step) if callable(step) else step
+        if name is None or name not in self.steps:
+            shown = getattr(step, "__name__", step)
+            raise AppError(f"machine '{self.name}' has no step '{shown}'; its steps are {', '.join(self.steps) or 'none yet'}")
+        return name
+
+    def start(self, value: Any, *, key: str | None = None, tx: psycopg.Connection[Any] | None = None) -> Handle:
+        """Start a workflow with ``value``; the same ``key`` gives the same workflow.
+
+        With ``tx`` it joins that connection's transaction: both commit or neither. Raises InputError before anything is written.
+        """
+        first = self._first()
+        payload = self._payload(first, value)
+        client = self.app.client
+        workflow_id = client.start(self.name, self.version, first.name, payload, key=key, tx=tx)
+        return Handle(client, self.name, workflow_id)
+
+    def start_many(
+        self, values: Sequence[Any], *, keys: Sequence[str] | None = None, tx: psycopg.Connection[Any] | None = None
+    ) -> list[Handle]:
+        """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values."""
+        if not values:
+            return []
+        first = self._first()
+        payloads = [self._payload(first, value) for value in values]
+        client = self.app.client
+        ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, tx=tx)
+        return [Handle(client, self.name, workflow_id) for workflow_id in ids]
+
+    def get(self, *, key: str) -> Handle:
+        """The workflow that was started with ``key``. Raises UnknownWorkflow."""
+        return self.app.client.by_key(self.name, key)
+
+    def _first(self) -> Step:
+        if self.first is None:
+            raise AppError(f"machine '{self.name}' has no first step; declare one with @machine.step(start=True)")
+        return self.first
+
+    def _payload(self, first: Step, value: Any) -> str:
+        what = f"the input of workflow '{self.name}'"
+        limit = self.app.settings.payload_bytes_max
+        return encoded_input(value, decoder=first.decoder, what=what, bytes_max=limit).decode()
+
+
+class App:
+    """The machines of one program, and the database they live in.
+
+    ``dsn``: argument, else ``DURABLE_DSN``, else a local Postgres under ``data`` (``./.durable``) that is started when it is needed.
+    """
+
+    def __init__(
+        self, name: str, *, dsn: str | None = None, data: Path | str | None = None, settings: Settings | None = None
+    ) -> None:
+        self.name = checked_name("app", name)
+        self.settings = settings or Settings()
+        self.machines: dict[str, Machine] = {}
+        self.client = Client(dsn=dsn, data=Path(data) if data else None)
+
+    def machine(self, name: str, *, state: Any = Any, version: int = 1) -> Machine:
+        """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type."""
+        if name in self.machines:
+            raise AppError(f"app '{self.name}' has a machine '{name}' already")
+        machine = Machine(self, name, state=state, version=version)
+        self.machines[name] = machine
+        return machine
+
+    def workflow(self, name: str) -> Machine:
+        """The machine called ``name``. Raises UnknownWorkflow."""
+        if name not in self.machines:
+            raise UnknownWorkflow(f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}")
+        return self.machines[name]
+
+    def get(self, workflow_id: str) -> Handle:
+        """Re-attach to a workflow by its whole id, from any process. Raises UnknownWorkflow."""
+        return self.client.by_id(workflow_id)
+
+    def run(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
+        """Run this app's workflows here, in this process and thread: for scripts, debuggers and notebooks.
+
+        ``until_idle``: return when no step is ready; else run until ``timeout`` seconds have passed, or for ever. Steps run.
+        A database without the schema gets it first when it is the local one; any other raises NotInstalled.
+        """
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        return run_here(self, until_idle=until_idle, limit=limit)
+
+    def close(self) -> None:
+        """Close this app's connections; the local Postgres stops with its last user."""
+        self.client.close()
+
+
+def checked_name(what: str, name: str) -> str:
+    """``name`` if it is one. Raises AppError."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise AppError(f"{what} name {name[:80]!r} is not of [a-z0-9_.-], 1 to 57 characters")
+    return name
+
+
+def _decoder(of: Any, step: str) -> msgspec.json.Decoder[Any]:
+    try:
+        return msgspec.json.Decoder(of)
+    except TypeError as error:
+        raise AppError(f"step '{step}': its state type cannot be read from JSON: {error}") from error

@@ -1,0 +1,191 @@
+"""Starting workflows and looking at them, from any process: one connection a thread, opened when it is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import threading
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psycopg
+
+from durable_cluster import statements
+from durable_cluster.context import short_id
+from durable_cluster.database import connect
+from durable_cluster.embedded import EmbeddedPostgres
+from durable_cluster.errors import ResultTimeout, UnknownWorkflow, WorkflowFailed
+from durable_cluster.settings import environment
+from durable_cluster.statements import State
+
+POLL_S_MIN = 0.002
+POLL_S_MAX = 0.25
+POLL_GROWTH = 1.5
+
+
+class Client:
+    """The connections of one App."""
+
+    def __init__(self, *, dsn: str | None, data: Path | None) -> None:
+        self._dsn = dsn
+        self._data = data
+        self._embedded: EmbeddedPostgres | None = None
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._open: list[psycopg.Connection[Any]] = []
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the database is the local one: no argument and no DURABLE_DSN named another."""
+        return not (self._dsn or environment().dsn)
+
+    @property
+    def dsn(self) -> str:
+        """The database's DSN; starts or attaches the local Postgres if nothing else was named."""
+        with self._lock:
+            known = self._dsn or environment().dsn
+            if known:
+                return known
+            if self._embedded is None:
+                here = environment()
+                self._embedded = EmbeddedPostgres(self._data or here.data, here.pg_bin)
+                self._embedded.start()
+            return self._embedded.dsn
+
+    def connection(self) -> psycopg.Connection[Any]:
+        """This thread's connection. Never one inherited over a fork: closing that would end the parent's session."""
+        known, pid = getattr(self._local, "connection", None), getattr(self._local, "pid", None)
+        if known is None or pid != os.getpid() or known.closed or known.broken:
+            known = connect(self.dsn, name="durable-cluster client")
+            self._local.connection, self._local.pid = known, os.getpid()
+            with self._lock:
+                self._open.append(known)
+        return known
+
+    def start(
+        self, workflow: str, version: int, step: str, payload: str, *, key: str | None, tx: psycopg.Connection[Any] | None
+    ) -> str:
+        """The id of the started (or, by its key, known) workflow."""
+        where = tx if tx is not None else self.connection()
+        return statements.start(where, workflow, version=version, step=step, payload=payload, key=key)[0]
+
+    def start_many(
+        self,
+        workflow: str,
+        version: int,
+        step: str,
+        payloads: Sequence[str],
+        *,
+        keys: Sequence[str] | None,
+        tx: psycopg.Connection[Any] | None,
+    ) -> list[str]:
+        """The ids, in the order of ``payloads``."""
+        where = tx if tx is not None else self.connection()
+        rows = statements.start_many(where, workflow, version=version, step=step, payloads=payloads, keys=keys)
+        return [workflow_id for workflow_id, _ in rows]
+
+    def by_key(self, workflow: str, key: str) -> Handle:
+        """The handle of the workflow with ``key``. Raises UnknownWorkflow."""
+        found = statements.find(self.connection(), workflow, key)
+        if found is None:
+            raise UnknownWorkflow(f"no workflow '{workflow}' with the key {key!r}")
+        return Handle(self, workflow, found)
+
+    def by_id(self, workflow_id: str) -> Handle:
+        """The handle of the workflow with this whole id. Raises UnknownWorkflow."""
+        if re.fullmatch("[0-9a-f]{32}", workflow_id):
+            state = statements.state_of(self.connection(), workflow_id)
+            if state is not None:
+                return Handle(self, state.workflow, workflow_id)
+        raise UnknownWorkflow(f"no workflow with the id {short_id(workflow_id)}…")
+
+    def close(self) -> None:
+        """Close every connection of this process, then let go of the local Postgres."""
+        with self._lock:
+            connections, self._open = self._open, []
+            embedded, self._embedded = self._embedded, None
+        for connection in connections:
+            connection.close()
+        if embedded is not None:
+            embedded.stop()
+
+
+class Handle:
+    """A started workflow. ``id`` is a capability: whoever holds it can read the result."""
+
+    def __init__(self, client: Client, workflow: str, workflow_id: str) -> None:
+        self._client = client
+        self.workflow = workflow
+        self.id = workflow_id
+
+    def __repr__(self) -> str:
+        return f"<Handle {self.workflow} {short_id(self.id)}…>"
+
+    def state(self) -> State:
+        """Status, times and output. Raises UnknownWorkflow, also while the starting transaction has not committed."""
+        state = statements.state_of(self._client.connection(), self.id)
+        if state is None:
+            raise UnknownWorkflow(f"no workflow with the id {short_id(self.id)}…")
+        return state
+
+    def status(self) -> str:
+        """'running', 'completed' or 'failed'."""
+        return self.state().status
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the end, at most ``timeout`` seconds, and return the output (plain JSON values).
+
+        Raises WorkflowFailed, ResultTimeout. Reads only: every 2 ms at first, then up to every 250 ms.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for pause in _pauses():
+            known = statements.outcome(self._client.connection(), self.id)
+            if known is not None:
+                return self._answer(*known)
+            time.sleep(self._pause(pause, deadline, timeout))
+        raise AssertionError("unreachable: pauses never end")
+
+    async def wait(self, timeout: float | None = None) -> Any:
+        """As ``result``, without blocking the event loop."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for pause in _pauses():
+            known = await asyncio.to_thread(self._outcome)
+            if known is not None:
+                return self._answer(*known)
+            await asyncio.sleep(self._pause(pause, deadline, timeout))
+        raise AssertionError("unreachable: pauses never end")
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.wait().__await__()
+
+    def _outcome(self) -> tuple[str, str] | None:
+        return statements.outcome(self._client.connection(), self.id)
+
+    def _pause(self, pause: float, deadline: float | None, timeout: float | None) -> float:
+        if deadline is None:
+            return pause
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ResultTimeout(
+                f"workflow {short_id(self.id)}… ('{self.workflow}') did not end within {timeout} s; it goes on: ask again, or"
+                f" see 'durable-cluster show {short_id(self.id)}'"
+            )
+        return min(pause, left)
+
+    def _answer(self, status: str, output: str) -> Any:
+        value = msgspec.json.decode(output)
+        if status == "completed":
+            return value
+        reason, step = value.get("reason", "unknown"), value.get("step", "?")
+        raise WorkflowFailed(f"workflow {short_id(self.id)}… ('{self.workflow}') failed in step '{step}': {reason}", reason=reason)
+
+
+def _pauses() -> Generator[float, None, None]:
+    pause = POLL_S_MIN
+    while True:
+        yield pause
+        pause = min(pause * POLL_GROWTH, POLL_S_MAX)

@@ -1,0 +1,180 @@
+"""One consumer: claim a window of a shard, run its pages, wait when there is nothing. One connection, no threads.
+
+A process that lost a window is a new incarnation: it comes back with a new owner's bits and a new name, because the engine
+still knows the old name as the holder of the window that somebody else now reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import select
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from durable_cluster import statements, telemetry
+from durable_cluster.database import connect
+from durable_cluster.envelope import decode_page
+from durable_cluster.errors import BatchLost
+from durable_cluster.handoff import Window
+from durable_cluster.page import PageRunner
+from durable_cluster.settings import Settings
+
+if TYPE_CHECKING:
+    from durable_cluster.app import Machine
+
+logger = logging.getLogger("durable_cluster.consumer")
+
+POLL_S_MIN = 0.001
+POLL_S_BUSY_MAX = 0.01
+
+
+class Consumer:
+    """Reads one home shard, and any shard it is told to adopt."""
+
+    def __init__(self, dsn: str, shard: int, machines: Mapping[str, Machine], settings: Settings) -> None:
+        self.home = shard
+        self.shards = [shard]
+        self.owner = 0
+        self.steps = 0
+        self._settings = settings
+        self._dead = timedelta(seconds=settings.dead_interval_s)
+        self._connection = connect(
+            dsn, name=f"durable-cluster shard {shard} starting", lock_timeout_ms=settings.lock_timeout_ms
+        )
+        self._pages = PageRunner(self._connection, machines, settings)
+        self._joined: list[int] = []
+        self._listening: set[int] = set()
+        self._is_asleep = False
+        self._probe_takeover_at = 0.0
+        self._member = ""
+        self.reincarnate()
+
+    @property
+    def connection(self) -> psycopg.Connection[Any]:
+        """The one connection; what runs between pages may use it."""
+        return self._connection
+
+    def reincarnate(self) -> None:
+        """Take new owner's bits and a new member name."""
+        self.owner = secrets.randbits(63)
+        self._member = f"c{self.owner:016x}"
+        self._joined = []
+        self._connection.execute(
+            "select set_config('application_name', %s, false)", (f"durable-cluster shard {self.home} {self._member}",)
+        )
+
+    def look_for_silent_windows(self) -> None:
+        """Make the next claim probe for windows whose owner is gone, whenever the last probe was."""
+        self._probe_takeover_at = 0.0
+
+    def work(self, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
+        """One claim on each of its shards and all pages of what that gave. Whether there was anything.
+
+        ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays its owner's.
+        """
+        return any([self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)])
+
+    def wait(self, idle_s: float, wakeups: Sequence[int] = ()) -> bool:
+        """Wait until there may be work, or one of the file descriptors ``wakeups`` is ready, or a pause is over.
+
+        ``idle_s``: seconds since the last work, which set the pause: 1 to 10 ms for the first second, then up to one second
+        with the shards marked idle, so that appenders notify. Reads only. Whether there is work.
+        """
+        busy_s = self._settings.busy_poll_s
+        if idle_s <= busy_s:
+            pause_s = min(POLL_S_BUSY_MAX, max(POLL_S_MIN, idle_s / 8))
+        else:
+            pause_s = min(self._settings.idle_poll_s_max, (idle_s - busy_s) / 2 + POLL_S_BUSY_MAX)
+            if not self._is_asleep:
+                self._fall_asleep()
+        if not self._has_work():
+            self._pause(pause_s, wakeups)
+            if not self._has_work():
+                return False
+        if self._is_asleep:
+            self._wake_up()
+        return True
+
+    def close(self) -> None:
+        """Take its names back and close the connection; safe twice."""
+        if self._connection.closed:
+            return
+        for shard in self._joined:
+            try:
+                statements.leave_shard(self._connection, shard, self._member)
+            except psycopg.Error as error:
+                logger.debug("the engine keeps %s on shard %d: %s", self._member[:5], shard, error)
+        self._pages.close()
+        self._connection.close()
+
+    def _drain(self, shard: int, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
+        settings = self._settings
+        limits = {"lines_max": settings.page_lines_max, "bytes_max": settings.page_bytes_max}
+        try:
+            text = self._claim(shard, limits)
+            has_work = text is not None
+            while text is not None:
+                on_page()
+                page = decode_page(text)
+                with telemetry.page_span(shard, page):
+                    done = self._pages.run(Window(shard=shard, owner=self.owner), page)
+                self.steps += done.steps
+                if done.is_window_finished or should_stop():
+                    break
+                text = statements.page(self._connection, batch=page.header.batch, owner=self.owner, **limits)
+        except BatchLost as lost:
+            logger.warning("shard %d: %s", shard, lost)
+            self.reincarnate()
+            return True
+        return has_work
+
+    def _claim(self, shard: int, limits: dict[str, int]) -> str | None:
+        if shard not in self._joined:
+            statements.join_shard(self._connection, shard, self._member)
+            self._joined.append(shard)
+        now = time.monotonic()
+        is_probing = now >= self._probe_takeover_at
+        if is_probing and shard == self.shards[-1]:
+            self._probe_takeover_at = now + self._settings.takeover_probe_s
+        return statements.claim(
+            self._connection,
+            shard,
+            member=self._member,
+            owner=self.owner,
+            dead_interval=self._dead if is_probing else None,
+            **limits,
+        )
+
+    def _has_work(self) -> bool:
+        now = time.monotonic()
+        is_probing = now >= self._probe_takeover_at
+        dead = self._dead if is_probing else None
+        if any([statements.probe(self._connection, shard, dead_interval=dead) for shard in self.shards]):
+            return True  # a claim follows, which probes for takeovers if it is time
+        if is_probing:
+            self._probe_takeover_at = now + self._settings.takeover_probe_s
+        return False
+
+    def _fall_asleep(self) -> None:
+        for shard in self.shards:
+            if shard not in self._listening:
+                statements.listen(self._connection, shard)
+                self._listening.add(shard)
+            statements.fall_asleep(self._connection, shard)
+        self._is_asleep = True
+
+    def _wake_up(self) -> None:
+        for shard in self.shards:
+            statements.wake_up(self._connection, shard)
+        self._is_asleep = False
+
+    def _pause(self, pause_s: float, wakeups: Sequence[int]) -> None:
+        select.select([self._connection.fileno(), *wakeups], [], [], pause_s)
+        self._connection.pgconn.consume_input()
+        while self._connection.pgconn.notifies():
+            pass

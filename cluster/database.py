@@ -1,0 +1,44 @@
+"""Opening connections: one way in, the same session settings everywhere, errors that name the server and not its password."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from durable_cluster.errors import ConfigurationError, ConnectionFailed
+
+CONNECT_TIMEOUT_S = 10
+
+
+def server_name(dsn: str) -> str:
+    """Host and database of ``dsn``, fit for messages."""
+    known = conninfo_to_dict(dsn)
+    return f"{known.get('host') or 'localhost'}:{known.get('port') or 5432}/{known.get('dbname') or known.get('user') or ''}"
+
+
+def connect(dsn: str, *, name: str, lock_timeout_ms: int = 0) -> psycopg.Connection[Any]:
+    """An autocommit connection called ``name`` in pg_stat_activity. Raises ConnectionFailed or ConfigurationError.
+
+    Settings are made by SET rather than by start-up options, which poolers drop.
+    """
+    try:
+        connection = psycopg.connect(
+            dsn, autocommit=True, application_name=name, connect_timeout=CONNECT_TIMEOUT_S, keepalives_idle=10
+        )
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationError(f"the DSN cannot be read ({error}); write it as postgresql://user@host/database") from error
+    except psycopg.OperationalError as error:
+        raise ConnectionFailed(f"cannot connect to {server_name(dsn)}: {_first_line(error)}") from error
+    if lock_timeout_ms:
+        connection.execute(
+            "select set_config('lock_timeout', %s, false), set_config('jit', 'off', false),"
+            " set_config('default_transaction_isolation', 'read committed', false)",
+            (str(lock_timeout_ms),),
+        )
+    return connection
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

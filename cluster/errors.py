@@ -1,0 +1,110 @@
+"""The one tree of errors, and the one place where SQLSTATEs become exceptions.
+
+    DurableError
+    ├── ConfigurationError        a setting, a name or an option that cannot be
+    │   └── AppError              the app module, a machine, a step or a handler's signature
+    ├── InputError                a value that does not fit its type or its limit (``path`` says where)
+    ├── UnknownWorkflow           no workflow with that id or key, or none that this code knows
+    ├── DatabaseError             the database cannot be used as it is
+    │   ├── NotInstalled          the schema is not there
+    │   ├── SchemaMismatch        another schema version, or another number of shards
+    │   ├── ConnectionFailed      the DSN refuses
+    │   └── EmbeddedError         the local Postgres
+    ├── BatchLost                 the page belongs to somebody else now: roll back, forget
+    ├── HandlerError              a step returned something that is no continuation
+    ├── WorkflowFailed            what ``result()`` raises for a failed workflow
+    └── ResultTimeout             ``result(timeout=…)`` ran out; the workflow goes on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+
+
+class DurableError(Exception):
+    """The root of every error this package raises on purpose."""
+
+
+class ConfigurationError(DurableError):
+    """A setting, a name or an option that cannot be."""
+
+
+class AppError(ConfigurationError):
+    """The app module, a machine, a step or a handler's signature is wrong."""
+
+
+class InputError(DurableError):
+    """A value does not fit its type or its limit."""
+
+
+class UnknownWorkflow(DurableError):
+    """No workflow with that id or key. Unknown, expired and not-yours read the same."""
+
+
+class DatabaseError(DurableError):
+    """The database cannot be used as it is."""
+
+
+class NotInstalled(DatabaseError):
+    """The durable schema is not in this database."""
+
+
+class SchemaMismatch(DatabaseError):
+    """The database holds another schema version, or is laid out for another number of shards."""
+
+
+class ConnectionFailed(DatabaseError):
+    """The server refused, or is not there."""
+
+
+class EmbeddedError(DatabaseError):
+    """The local Postgres could not be started, attached or stopped."""
+
+
+class BatchLost(DurableError):
+    """The page belongs to somebody else now: roll back and forget it."""
+
+
+class HandlerError(DurableError):
+    """A step returned something that is not a continuation."""
+
+
+class WorkflowFailed(DurableError):
+    """The workflow ended in failure; ``reason`` is what the step said."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ResultTimeout(DurableError, TimeoutError):
+    """``result(timeout=…)`` ran out; the workflow goes on."""
+
+
+BY_SQLSTATE: dict[str, type[DurableError]] = {
+    "DC001": BatchLost,
+    "DC002": InputError,
+    "DC003": UnknownWorkflow,
+    "DC004": ConfigurationError,
+    "3F000": NotInstalled,  # invalid_schema_name
+    "42P01": NotInstalled,  # undefined_table
+    "42883": NotInstalled,  # undefined_function
+}
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what Postgres raised inside our own statements into this tree; everything else passes."""
+    try:
+        yield
+    except psycopg.Error as error:
+        known = BY_SQLSTATE.get(error.sqlstate or "")
+        if known is None:
+            raise
+        message = error.diag.message_primary or str(error)
+        if known is NotInstalled:
+            message = f"the database lacks the durable schema ({message}); run 'durable-cluster init' on it first"
+        raise known(message) from error

@@ -1,0 +1,42 @@
+"""``app.run()``: every shard of the database in this one process and thread, for scripts, debuggers and notebooks."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from durable_cluster import schema
+from durable_cluster.consumer import Consumer
+from durable_cluster.database import connect
+
+if TYPE_CHECKING:
+    from durable_cluster.app import App
+
+
+def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
+    """Run until nothing is ready, the limit is over, or for ever. Steps run."""
+    dsn = app.client.dsn
+    with connect(dsn, name="durable-cluster run") as connection:
+        if app.client.is_embedded:
+            schema.install(connection, shards=schema.installed_shards(connection) or schema.DEFAULT_SHARDS)
+        shards = schema.demand_installed(connection)
+    stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
+
+    def is_over() -> bool:
+        return stop_at is not None and time.monotonic() >= stop_at
+
+    consumer = Consumer(dsn, 0, app.machines, app.settings)
+    consumer.shards = list(range(shards))
+    try:
+        last_work = time.monotonic()
+        while not is_over():
+            if consumer.work(is_over, lambda: None):
+                last_work = time.monotonic()
+            elif until_idle:
+                break
+            else:
+                consumer.wait(time.monotonic() - last_work)
+        return consumer.steps
+    finally:
+        consumer.close()

@@ -1,0 +1,137 @@
+"""Putting the schema into a database and taking it out: one idempotent transaction under a lock."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from durable_cluster.errors import DatabaseError, NotInstalled, SchemaMismatch
+from durable_cluster.settings import checked_shards
+from durable_cluster.sql import DURABLE, ENGINE, MIGRATIONS, read
+
+DEFAULT_SHARDS = 8
+SERVER_VERSION_MIN = 150000
+INSTALL_LOCK = 0x6475_7261_626C_6500  # "durable": one installer at a time
+ROLES = ("pgque_reader", "pgque_writer", "pgque_admin")
+
+Connection = psycopg.Connection[Any]
+
+
+def install(connection: Connection, *, shards: int, with_roles: bool = True) -> list[str]:
+    """Install or upgrade; the migrations that ran. A failure leaves the database as it was.
+
+    Raises SchemaMismatch for a database of a newer version or of another number of shards, DatabaseError for an old server.
+    """
+    checked_shards(shards)
+    if connection.info.server_version < SERVER_VERSION_MIN:
+        raise DatabaseError(f"PostgreSQL {connection.info.parameter_status('server_version')} is too old; 15 or later is needed")
+    with connection.transaction():
+        connection.execute("select pg_advisory_xact_lock(%s)", (INSTALL_LOCK,))
+        connection.execute("select set_config('client_min_messages', 'warning', true)")
+        if not with_roles:
+            connection.execute("select set_config('durable.no_roles', 'on', true)")
+        ran = _migrate(connection)
+        for folder, names in (("engine", ENGINE), ("durable", DURABLE)):
+            for name in names:
+                _execute(connection, folder, name)
+        _drop_stale_functions(connection)
+        try:
+            connection.execute("select durable.lay_out(%s)", (shards,))
+        except psycopg.Error as error:
+            if error.sqlstate == "DC004":
+                raise SchemaMismatch(error.diag.message_primary or str(error)) from error
+            raise
+        connection.execute("select durable.add_partitions()")
+    return ran
+
+
+def uninstall(connection: Connection) -> None:
+    """Remove our two schemas and, where no other database uses them, our roles; nothing else. Raises NotInstalled."""
+    if installed_shards(connection) is None:
+        raise NotInstalled("there is no durable schema in this database; nothing was removed")
+    with connection.transaction():
+        connection.execute("select pg_advisory_xact_lock(%s)", (INSTALL_LOCK,))
+        connection.execute("select set_config('client_min_messages', 'warning', true)")
+        connection.execute("drop schema durable cascade")
+        connection.execute("drop schema pgque cascade")
+    for role in reversed(ROLES):
+        try:
+            connection.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
+        except psycopg.Error:
+            continue  # another database's grants depend on it, or it is not ours to drop
+
+
+def installed_shards(connection: Connection) -> int | None:
+    """How many shards the database is laid out for; None without the schema."""
+    if not _exists(connection, "durable.cluster"):
+        return None
+    row = connection.execute("select shards from durable.cluster").fetchone()
+    return row[0] if row else None
+
+
+def demand_installed(connection: Connection, *, shards: int | None = None) -> int:
+    """The number of shards of a database whose schema is this version's. Raises NotInstalled, SchemaMismatch."""
+    known = installed_shards(connection)
+    if known is None:
+        raise NotInstalled("the database lacks the durable schema; run 'durable-cluster init' on it first")
+    applied = _applied(connection)
+    if [name for name in MIGRATIONS if name not in applied]:
+        raise SchemaMismatch("the database holds an older schema; run 'durable-cluster init' to upgrade it")
+    if [name for name in applied if name not in MIGRATIONS]:
+        raise SchemaMismatch("the database holds a newer schema than this version knows; upgrade durable-cluster")
+    if shards is not None and shards != known:
+        raise SchemaMismatch(
+            f"this database is laid out for {known} shards, not {shards}; start with --shards {known} (reshard changes the layout)"
+        )
+    return known
+
+
+def _migrate(connection: Connection) -> list[str]:
+    """Run the migrations that this database has not seen; they are recorded with the digest of their text."""
+    if _exists(connection, "durable.migration"):
+        applied = _applied(connection)
+    else:
+        for name in ("pgque", "durable"):
+            if connection.execute("select from pg_namespace where nspname = %s", (name,)).fetchone() is not None:
+                raise SchemaMismatch(f"schema '{name}' exists and is not ours; move it away or use another database")
+        connection.execute(
+            "create schema durable;"
+            "create table durable.migration"
+            " (name text primary key, digest text not null, applied_at timestamptz not null default now())"
+        )
+        applied = {}
+    if newer := [name for name in applied if name not in MIGRATIONS]:
+        raise SchemaMismatch(f"the database holds a newer schema ({newer[-1]}) than this version knows; upgrade durable-cluster")
+    ran = [name for name in MIGRATIONS if name not in applied]
+    for name in ran:
+        _execute(connection, "migrations", name)
+        digest = sha256(read("migrations", name).encode()).hexdigest()
+        connection.execute("insert into durable.migration (name, digest) values (%s, %s)", (name, digest))
+    return ran
+
+
+def _exists(connection: Connection, relation: str) -> bool:
+    row = connection.execute("select to_regclass(%s) is not null", (relation,)).fetchone()
+    return bool(row and row[0])
+
+
+def _applied(connection: Connection) -> dict[str, str]:
+    return dict(connection.execute("select name, digest from durable.migration order by name").fetchall())
+
+
+def _execute(connection: Connection, folder: str, name: str) -> None:
+    connection.execute(read(folder, name).encode())
+
+
+def _drop_stale_functions(connection: Connection) -> None:
+    """Functions of an earlier version that this install did not write again: their rows are not of this transaction."""
+    stale = connection.execute(
+        "select p.oid::regprocedure::text, p.prokind from pg_proc p join pg_namespace n on n.oid = p.pronamespace"
+        " where n.nspname in ('durable', 'pgque') and p.xmin::text <> (pg_current_xact_id()::text::bigint % 4294967296)::text"
+    ).fetchall()
+    for signature, kind in stale:
+        what = "procedure" if kind == "p" else "function"
+        connection.execute(f"drop {what} {signature}".encode())

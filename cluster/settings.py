@@ -1,0 +1,66 @@
+"""Every setting with its default and unit, and the only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from durable_cluster.errors import ConfigurationError
+
+SHARDS_MAX = 64
+NAME_PATTERN = "[a-z0-9_.-]{1,57}"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits and intervals of one cluster; each can be given to ``App`` or on the command line."""
+
+    page_lines_max: int = 1_000
+    page_window_ms: int = 50
+    page_bytes_max: int = 1 << 20
+    transactional_steps_max: int = 100
+    payload_bytes_max: int = 256 << 10
+    dead_interval_s: float = 15.0
+    heartbeat_s: float = 1.0
+    boot_timeout_s: float = 30.0
+    hang_timeout_s: float = 300.0
+    drain_grace_s: float = 30.0
+    idle_poll_s_max: float = 1.0
+    busy_poll_s: float = 1.0
+    takeover_probe_s: float = 2.0
+    maintenance_s: float = 5.0
+    lock_timeout_ms: int = 2_000
+    restarts_max: int = 20
+    restart_window_s: float = 60.0
+
+
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
+    """What the environment says; nothing else in the package reads it."""
+
+    dsn: str | None
+    data: Path
+    pg_bin: Path | None
+    otlp_endpoint: str | None
+    failpoint: str | None
+
+
+def environment() -> Environment:
+    """Read the environment now (never at import)."""
+    pg_bin = os.environ.get("DURABLE_PG_BIN")
+    return Environment(
+        dsn=os.environ.get("DURABLE_DSN") or None,
+        data=Path(os.environ.get("DURABLE_DATA") or ".durable"),
+        pg_bin=Path(pg_bin) if pg_bin else None,
+        otlp_endpoint=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        or None,
+        failpoint=os.environ.get("DURABLE_FAILPOINT") or None,
+    )
+
+
+def checked_shards(shards: int) -> int:
+    """``shards`` if a cluster can have so many."""
+    if not 1 <= shards <= SHARDS_MAX:
+        raise ConfigurationError(f"shards: {shards} is out of range; choose 1 to {SHARDS_MAX}")
+    return shards

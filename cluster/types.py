@@ -1,0 +1,89 @@
+"""Inputs and states: what a handler's signature says, and values checked against it with the path of what does not fit."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from durable_cluster.context import Context
+from durable_cluster.envelope import encode
+from durable_cluster.errors import AppError, InputError
+
+
+class Signature(msgspec.Struct, frozen=True, kw_only=True):
+    """How to call a handler: with the context or without, awaited or not, and the type of its state."""
+
+    takes_context: bool
+    is_async: bool
+    state: Any
+
+
+def signature_of(function: Callable[..., Any], *, default: Any) -> Signature:
+    """Read ``function``'s signature: ``(state)`` or ``(ctx: Context, state)``. Raises AppError naming what is wrong."""
+    name = getattr(function, "__qualname__", repr(function))
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise AppError(f"step '{name}': {error}; define the types of its parameters at module level") from error
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_context = bool(parameters) and hints.get(parameters[0].name) is Context
+    rest = parameters[1:] if takes_context else parameters
+    if len(rest) != 1 or rest[0].kind not in (rest[0].POSITIONAL_ONLY, rest[0].POSITIONAL_OR_KEYWORD):
+        raise AppError(f"step '{name}' takes {len(rest)} states; write it as (state) or (ctx: Context, state)")
+    return Signature(
+        takes_context=takes_context,
+        is_async=inspect.iscoroutinefunction(function),
+        state=hints.get(rest[0].name, default),
+    )
+
+
+def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, bytes_max: int) -> bytes:
+    """``value`` as JSON that fits ``decoder``'s type. Raises InputError naming ``what``, the path and the mismatch."""
+    try:
+        encoded = encode(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{what} is not JSON: {error}") from error
+    if len(encoded) > bytes_max:
+        raise InputError(
+            f"{what} has {len(encoded):,} bytes, the limit is {bytes_max:,}; store it elsewhere and pass a reference"
+        )
+    try:
+        decoded = decoder.decode(encoded)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{what} does not fit {_type_name(decoder.type)}: {_sentence(error)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not valid UTF-8: {error}") from error
+    if type(value) is not decoder.type:
+        unknown = _unknown_path(msgspec.json.decode(encoded), msgspec.to_builtins(decoded), "")
+        if unknown:
+            raise InputError(f"{what} has a field '{unknown}' that {_type_name(decoder.type)} does not know")
+    return encoded
+
+
+def _type_name(of: Any) -> str:
+    return getattr(of, "__name__", str(of))
+
+
+def _sentence(error: msgspec.ValidationError) -> str:
+    """msgspec says: Expected `int`, got `str` - at `$.lines[2].quantity`."""
+    text, _, path = str(error).replace("`", "").partition(" - at ")
+    path = re.sub(r"^\$\.?", "", path)
+    return f"{path}: {text[:1].lower()}{text[1:]}" if path else text
+
+
+def _unknown_path(given: Any, kept: Any, path: str) -> str | None:
+    """The path of the first key in ``given`` that decoding dropped, or None."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for key in given:
+            if key not in kept:
+                return f"{path}.{key}".lstrip(".")
+        pairs = [(f"{path}.{key}", given[key], kept[key]) for key in given]
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        pairs = [(f"{path}[{i}]", one, other) for i, (one, other) in enumerate(zip(given, kept, strict=True))]
+    return next((found for at, one, other in pairs if (found := _unknown_path(one, other, at))), None)

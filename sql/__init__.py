@@ -1,0 +1,14 @@
+"""The SQL of the product, in install order: tables by numbered migration, then functions, replaced whole."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+MIGRATIONS = ("001_engine", "002_durable")
+ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
+DURABLE = ("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover", "maintain", "views", "grants")
+
+
+def read(folder: str, name: str) -> str:
+    """The text of ``sql/<folder>/<name>.sql``."""
+    return (files(__package__) / folder / f"{name}.sql").read_text("utf-8")

@@ -1,0 +1,118 @@
+-- durable.has_events(queue_id): whether something was committed since the newest tick. Reads only: an idle consumer's probe.
+-- What this statement sees and the tick's snapshot did not is either past its xmax or among those in progress then.
+create or replace function durable.has_events(i_queue_id int) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_snapshot pg_snapshot;
+    v_table text;
+    v_found boolean;
+begin
+    select t.tick_snapshot into v_snapshot from pgque.tick t where t.tick_queue = i_queue_id order by t.tick_id desc limit 1;
+    foreach v_table in array pgque.event_tables(i_queue_id, v_snapshot) loop
+        execute format('select exists (select 1 from %1$s where ev_txid >= $1)'
+            ' or exists (select 1 from %1$s where ev_txid = any ($2))', v_table)
+        into v_found using pg_snapshot_xmax(v_snapshot), array(select pg_snapshot_xip(v_snapshot));
+        if v_found then
+            return true;
+        end if;
+    end loop;
+    return false;
+end
+$$;
+
+-- durable.probe(shard, dead): whether a claim would find work; with an interval, a window silent for longer counts, which costs
+-- a walk over the window rows. No lock, no write, no transaction id.
+create or replace function durable.probe(i_shard int, i_dead interval default null) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if i_dead is not null and exists (
+        select 1 from durable.win w where w.shard = i_shard and w.active < durable.now() - i_dead)
+    then
+        return true;
+    end if;
+    return durable.has_events((select s.queue_id from durable.shard s where s.shard = i_shard));
+end
+$$;
+
+-- durable.claim(…): the first page of an open or a new window of the shard, for one consumer; null when there is nothing.
+--   i_member   the consumer's name as the engine's subconsumer (registered before; see durable.join_shard)
+--   i_owner    64 random bits of this process incarnation: the fence's other half
+--   i_dead     with an interval, windows silent for longer are taken over first (a walk over the window rows: now and then)
+-- Locks, in this order: the shard's row; a silent window's row (skipped when a page commit holds it); the engine's own.
+-- Nothing is appended after the tick's snapshot. Tables: win (one row), tick and batch in the engine.
+create or replace function durable.claim(i_shard int, i_member text, i_owner bigint, i_lines int, i_bytes int, i_dead interval default null)
+returns text
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_queue text;
+    v_queue_id int;
+    v_batch record;
+    v_silent bigint;
+    v_owner bigint;
+begin
+    perform durable.demand_read_committed();
+    -- A claim that a server crash forgets was never more than a claim; the page's own commit is durable.
+    perform set_config('synchronous_commit', 'off', true);
+    select s.queue, s.queue_id into v_queue, v_queue_id from durable.shard s where s.shard = i_shard for update;
+    if not found then
+        raise exception 'shard % does not exist; this database has shards 0 to %', i_shard,
+            (select max(s.shard) from durable.shard s) using errcode = 'DC004';
+    end if;
+
+    if i_dead is not null then
+        v_silent := durable.take_over(i_shard, i_owner, i_dead);
+        if v_silent is not null then
+            return durable.page(v_silent, i_owner, i_lines, i_bytes);
+        end if;
+    end if;
+
+    if durable.has_events(v_queue_id) then
+        -- A later statement than the lock: two ticks taken from one stale snapshot would deliver their events twice.
+        perform pgque.ticker(v_queue, t.tick_id + 1, clock_timestamp(), t.tick_event_seq)
+        from (select k.tick_id, k.tick_event_seq from pgque.tick k where k.tick_queue = v_queue_id
+              order by k.tick_id desc limit 1) t;
+    end if;
+    select * into v_batch from pgque.next_batch_custom(v_queue, durable.consumer_of(i_shard), i_member, null, null, null, null);
+    if v_batch.batch_id is null then
+        return null;
+    end if;
+    select w.owner into v_owner from durable.win w where w.batch = v_batch.batch_id;
+    if not found then
+        insert into durable.win (batch, shard, owner, s0, s1, active)
+        select v_batch.batch_id, i_shard, i_owner, p.tick_snapshot, n.tick_snapshot, durable.now()
+        from pgque.tick p, pgque.tick n
+        where p.tick_queue = v_queue_id and p.tick_id = v_batch.prev_tick_id
+            and n.tick_queue = v_queue_id and n.tick_id = v_batch.next_tick_id;
+    elsif v_owner <> i_owner then
+        -- This member's window was taken over and is still open: the process must come back under a new name.
+        perform durable.lost(v_batch.batch_id);
+    end if;
+    return durable.page(v_batch.batch_id, i_owner, i_lines, i_bytes);
+end
+$$;
+
+-- durable.join_shard(shard, member), durable.leave_shard(shard, member): registration, outside the path (it locks names globally).
+create or replace function durable.join_shard(i_shard int, i_member text) returns void
+language sql
+set search_path = pg_catalog, durable, pg_temp
+as $$ select pgque.register_subconsumer(durable.queue_of(i_shard), durable.consumer_of(i_shard), i_member, true) $$;
+
+create or replace function durable.leave_shard(i_shard int, i_member text) returns void
+language sql
+set search_path = pg_catalog, durable, pg_temp
+as $$ select pgque.unregister_subconsumer(durable.queue_of(i_shard), durable.consumer_of(i_shard), i_member) $$;
+
+-- durable.fall_asleep(shard), durable.wake_up(shard): the mark that makes appenders notify. Written on the change only.
+create or replace function durable.fall_asleep(i_shard int) returns void
+language sql
+as $$ insert into durable.idle (shard) values (i_shard) on conflict do nothing $$;
+
+create or replace function durable.wake_up(i_shard int) returns void
+language sql
+as $$ delete from durable.idle i where i.shard = i_shard $$;

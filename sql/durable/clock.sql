@@ -1,0 +1,22 @@
+-- durable.now(): the one clock. The testing kit replaces this function in the databases it installs; nothing else may.
+create or replace function durable.now() returns timestamptz
+language sql volatile parallel safe
+as $$ select clock_timestamp() $$;
+
+-- durable.today(): the UTC day in days since 1970.
+create or replace function durable.today() returns int
+language sql volatile
+as $$ select floor(extract(epoch from durable.now()) / 86400)::int $$;
+
+-- durable.demand_read_committed(): raises elsewhere. An older snapshot must never be stored under a newer tick.
+create or replace function durable.demand_read_committed() returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'durable: this call needs READ COMMITTED, the transaction is %; set it and try again',
+            upper(current_setting('transaction_isolation')) using errcode = 'DC004';
+    end if;
+end
+$$;

@@ -1,0 +1,70 @@
+-- durable.fence(batch, owner, done): phase 2's first statement. Locks the window's row if it still is this owner's, with the
+-- cursor where this page began; else DC001. It leaves a mark that ends with the transaction: a commit by a step's own
+-- code takes the mark away, and durable.commit_page refuses.
+-- Asked with for update: a plain read of "is it mine?" beside a commit in flight gave two sets of successors.
+create or replace function durable.fence(i_batch bigint, i_owner bigint, i_done durable.cursor) returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.demand_read_committed();
+    perform 1 from durable.win w where w.batch = i_batch and w.owner = i_owner and w.done = i_done for update;
+    if not found then
+        perform durable.lost(i_batch);
+    end if;
+    perform set_config('durable.fenced', i_batch || ' ' || i_owner || ' ' || i_done::text, true);
+end
+$$;
+
+-- durable.commit_page(…): all that a page did, after durable.fence in the same transaction.
+--   i_done, i_next   the cursor where the page began, and where it ends
+--   i_is_last        whether the window ends with this page: then the engine's batch is finished, and must answer 1
+--   i_steps, i_counts  successors: texts of JSON lines (one a log entry) and how many lines each has
+--   i_ids, i_statuses, i_outputs  terminal records, one a line each, or null
+-- Tables: the shard's log (one row a text), finished (one row a terminal record), win (one row changed or deleted).
+create or replace function durable.commit_page(
+    i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
+    i_steps text[], i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
+returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if current_setting('durable.fenced', true) is distinct from i_batch || ' ' || i_owner || ' ' || i_done::text then
+        raise exception 'batch %: the transaction of its page was ended by a step (commit or rollback); nothing was handed on',
+            i_batch using errcode = 'DC001';
+    end if;
+    perform set_config('durable.fenced', '', true);
+    for n in 1 .. cardinality(i_steps) loop
+        perform durable.append(i_shard, i_steps[n], i_counts[n]);
+    end loop;
+    if i_ids is not null then
+        insert into durable.finished (id, day, status, output, at)
+        select q.id::uuid, durable.day_of(q.id::uuid), q.status, q.output, durable.now()
+        from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_statuses, E'\n'), string_to_table(i_outputs, E'\n'))
+            q(id, status, output);
+    end if;
+    if i_is_last then
+        delete from durable.win w where w.batch = i_batch;
+        if pgque.finish_batch(i_batch) <> 1 then
+            perform durable.lost(i_batch);
+        end if;
+    else
+        update durable.win w set done = i_next, active = durable.now() where w.batch = i_batch;
+    end if;
+end
+$$;
+
+-- durable.commit_plain_page(…): fence and commit in one call, for a page without transactional steps.
+create or replace function durable.commit_plain_page(
+    i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
+    i_steps text[], i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
+returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.fence(i_batch, i_owner, i_done);
+    perform durable.commit_page(i_shard, i_batch, i_owner, i_done, i_next, i_is_last, i_steps, i_counts, i_ids, i_statuses, i_outputs);
+end
+$$;

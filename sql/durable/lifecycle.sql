@@ -1,0 +1,167 @@
+-- durable.checked_name(what, name): the name if it is one, else DC002.
+create or replace function durable.checked_name(i_what text, i_name text) returns text
+language plpgsql immutable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if i_name is null or i_name !~ '^[a-z0-9_.-]{1,57}$' then
+        raise exception '% name % is not of [a-z0-9_.-], 1 to 57 characters', i_what, coalesce(quote_literal(left(i_name, 80)), 'null')
+            using errcode = 'DC002';
+    end if;
+    return i_name;
+end
+$$;
+
+-- durable.checked_payload(payload): one line of valid JSON within the limit, else DC002.
+-- In valid JSON a raw newline stands only between tokens, so a space may take its place.
+create or replace function durable.checked_payload(i_payload text) returns text
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_max int := (select c.payload_bytes_max from durable.cluster c);
+begin
+    if octet_length(i_payload) > v_max then
+        raise exception 'the payload has % bytes, the limit is %; store it elsewhere and pass a reference',
+            octet_length(i_payload), v_max using errcode = 'DC002';
+    end if;
+    perform i_payload::json;
+    return translate(i_payload, E'\n\r', '  ');
+exception when invalid_text_representation then
+    raise exception 'the payload is not JSON: %', sqlerrm using errcode = 'DC002';
+end
+$$;
+
+-- durable.line(…): the envelope of one step event. Names are checked, ids are hex, the state is JSON: nothing needs escaping.
+create or replace function durable.line(i_id uuid, i_seq int, i_workflow text, i_step text, i_version int, i_state text) returns text
+language sql immutable
+as $$
+    select '{"w":"' || encode(uuid_send(i_id), 'hex') || '","n":' || i_seq || ',"f":"' || i_workflow || '","s":"' || i_step
+        || '","v":' || i_version || ',"d":' || i_state || '}'
+$$;
+
+-- durable.append(shard, lines, n): one event of n lines; wakes the shard if it sleeps.
+-- The engine assigns the transaction id before it resolves the table (see insert_event).
+create or replace function durable.append(i_shard int, i_lines text, i_n int) returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform pgque.insert_event(durable.queue_of(i_shard), 'steps', i_lines, i_n::text, null, null, null);
+    -- Later than the insert; a consumer that falls asleep between the two finds the event by its own poll.
+    if exists (select 1 from durable.idle i where i.shard = i_shard) then
+        perform pg_notify(durable.queue_of(i_shard), '');
+    end if;
+end
+$$;
+
+-- durable.start(…): one workflow, in the caller's transaction, at any isolation level.
+-- Result: the id (whole: this is the one answer that gives it) and whether it is new; the same key gives the same workflow.
+-- Tables: key, started (one row each), the shard's log (one event). Errors: DC002, 40001 (a snapshot older than a rotation).
+create or replace function durable.start(i_workflow text, i_version int, i_step text, i_input text, i_key text default null,
+    out id uuid, out is_new boolean)
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_input text;
+    v_shard int;
+begin
+    perform durable.checked_name('workflow', i_workflow), durable.checked_name('step', i_step);
+    v_input := durable.checked_payload(i_input);
+    id := durable.new_id();
+    is_new := true;
+    if i_key is not null then
+        perform durable.checked_key(i_key);
+        insert into durable.key (workflow, key, id) values (i_workflow, i_key, start.id) on conflict do nothing;
+        if not found then
+            select k.id, false into start.id, start.is_new from durable.key k where k.workflow = i_workflow and k.key = i_key;
+            return;
+        end if;
+    end if;
+    insert into durable.started (id, day, workflow, version, input, key, at)
+    values (start.id, durable.day_of(start.id), i_workflow, i_version, v_input, i_key, durable.now());
+    select s.shard into v_shard from durable.slot s where s.slot = durable.slot_of(start.id);
+    perform durable.append(v_shard, durable.line(start.id, 1, i_workflow, i_step, i_version, v_input), 1);
+end
+$$;
+
+-- durable.checked_key(key): 1 to 255 characters without control characters, else DC002.
+create or replace function durable.checked_key(i_key text) returns text
+language plpgsql immutable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if length(i_key) not between 1 and 255 or i_key ~ '[[:cntrl:]]' then
+        raise exception 'a key has 1 to 255 characters and no control characters (this one has %)', length(i_key)
+            using errcode = 'DC002';
+    end if;
+    return i_key;
+end
+$$;
+
+-- durable.start_many(…): as start, for many inputs (JSON, one a line; keys likewise, or null), set-wise.
+-- Result: one row an input, in order. Lines of one shard are appended in events of at most 1,000 lines and about 1 MiB.
+create or replace function durable.start_many(i_workflow text, i_version int, i_step text, i_inputs text, i_keys text default null)
+returns table (id uuid, is_new boolean)
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_ids uuid[];
+    v_inputs text[] := string_to_array(i_inputs, E'\n');
+    v_keys text[] := string_to_array(i_keys, E'\n');
+    v_new boolean[];
+begin
+    perform durable.checked_name('workflow', i_workflow), durable.checked_name('step', i_step);
+    if i_keys is not null and cardinality(v_keys) <> cardinality(v_inputs) then
+        raise exception '% keys for % inputs; give one a piece', cardinality(v_keys), cardinality(v_inputs) using errcode = 'DC002';
+    end if;
+    select array_agg(durable.checked_payload(x.i) order by x.o), array_agg(durable.new_id() order by x.o)
+    into v_inputs, v_ids from unnest(v_inputs) with ordinality x(i, o);
+    v_new := array_fill(true, array[cardinality(v_ids)]);
+    if i_keys is not null then
+        perform durable.checked_key(k) from unnest(v_keys) k;
+        -- Sorted, so that two clients with the same keys wait for each other in one order.
+        insert into durable.key (workflow, key, id)
+        select i_workflow, q.k, q.i from unnest(v_keys, v_ids) q(k, i) order by q.k on conflict do nothing;
+        select array_agg(k.id order by q.o), array_agg(k.id = v_ids[q.o] order by q.o) into v_ids, v_new
+        from unnest(v_keys) with ordinality q(k, o) join durable.key k on k.workflow = i_workflow and k.key = q.k;
+    end if;
+    insert into durable.started (id, day, workflow, version, input, key, at)
+    select q.i, durable.day_of(q.i), i_workflow, i_version, q.d, v_keys[q.o], durable.now()
+    from unnest(v_ids, v_inputs, v_new) with ordinality q(i, d, is_new, o) where q.is_new;
+    perform durable.append(c.shard, c.lines, c.n::int) from (
+        select l.shard, string_agg(l.line, E'\n') lines, count(*) n from (
+            select s.shard, t.line, row_number() over w as row, sum(octet_length(t.line)) over w as bytes
+            from (select q.i, q.o, durable.line(q.i, 1, i_workflow, i_step, i_version, q.d) line
+                  from unnest(v_ids, v_inputs, v_new) with ordinality q(i, d, is_new, o) where q.is_new) t
+            join durable.slot s on s.slot = durable.slot_of(t.i)
+            window w as (partition by s.shard order by t.o)) l
+        group by l.shard, (l.row - 1) / 1000, l.bytes / 1048576
+        order by l.shard) c;
+    return query select q.i, q.n from unnest(v_ids, v_new) with ordinality q(i, n, o) order by q.o;
+end
+$$;
+
+-- durable.find(workflow, key): the id a key stands for, or null.
+create or replace function durable.find(i_workflow text, i_key text) returns uuid
+language sql stable
+as $$ select k.id from durable.key k where k.workflow = i_workflow and k.key = i_key $$;
+
+-- durable.state_of(id): one row for a known workflow (status 'running' until it is finished), none for an unknown one.
+create or replace function durable.state_of(i_id uuid)
+returns table (workflow text, version int, status text, output text, started_at timestamptz, finished_at timestamptz)
+language sql stable
+as $$
+    select s.workflow, s.version, coalesce(f.status, 'running'), f.output, s.at, f.at
+    from durable.started s
+    left join durable.finished f on f.id = s.id and f.day = s.day
+    where s.id = i_id and s.day = durable.day_of(i_id)
+$$;
+
+-- durable.outcome(id): status and output of a finished workflow, or nothing. What result() polls.
+create or replace function durable.outcome(i_id uuid) returns table (status text, output text)
+language sql stable
+as $$ select f.status, f.output from durable.finished f where f.id = i_id and f.day = durable.day_of(i_id) $$;

@@ -1,0 +1,76 @@
+-- durable.lost(batch): raises DC001, the answer to whoever works on a window that is not theirs.
+create or replace function durable.lost(i_batch bigint) returns void
+language plpgsql
+as $$
+begin
+    raise exception 'batch % is lost: another consumer owns it, or it is done', i_batch using errcode = 'DC001';
+end
+$$;
+
+-- durable.window_query(tables, limit): the events of a window from its cursor on, in the order (ev_txid, ev_id).
+--
+-- The simple query would be "everything visible in s1 and not visible in s0 from xmin(s0) on". One old write transaction pins
+-- xmin(s0), and every page would read history again. So: what started after s0 is at or above its xmax, one range of the index;
+-- what was in progress at s0 and has ended since is a short list of ids, all below that xmax. Only tables that can still
+-- hold unread events are named, because a plan that names the third starves the rotation's lock.
+-- i_limit: rows at the most, null for all. Parameters of the query: $1 cursor txid, $2 cursor id, $3 xmax(s0), $4 xmax(s1), $5 s1, $6 ids in progress at s0 and visible in s1.
+create or replace function durable.window_query(i_tables text[], i_limit int) returns text
+language sql immutable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select 'select txid, id, n, body from ('
+        || string_agg(format(
+            '(select ev_txid txid, ev_id id, ev_extra1 n, ev_data body from %1$s'
+            ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid >= $3 and ev_txid < $4 and pg_visible_in_snapshot(ev_txid, $5)'
+            ' order by ev_txid, ev_id limit %2$s)'
+            ' union all '
+            '(select ev_txid, ev_id, ev_extra1, ev_data from %1$s'
+            ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid = any ($6) order by ev_txid, ev_id limit %2$s)',
+            t, coalesce(i_limit::text, 'all')), ' union all ')
+        || ') e order by txid, id limit ' || coalesce(i_limit::text, 'all')
+    from unnest(i_tables) t
+$$;
+
+-- durable.page(batch, owner, lines, bytes): the next page of a window, without a lock.
+-- Result: one text. Its first line is JSON: the cursor, the events as [txid, id, lines], whether the window ends here; then the
+-- events' lines. The cursor's event comes whole; the reader skips the lines that are done.
+-- At least one event, then as many as fit: an event is one commit's lines and never larger than a page.
+create or replace function durable.page(i_batch bigint, i_owner bigint, i_lines int, i_bytes int) returns text
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_win durable.win;
+    v_event record;
+    v_lines int;
+    v_bytes int;
+    v_is_last boolean := true;
+    v_events text[] := '{}';
+    v_bodies text[] := '{}';
+begin
+    select * into v_win from durable.win w where w.batch = i_batch and w.owner = i_owner;
+    if not found then
+        perform durable.lost(i_batch);
+    end if;
+    v_lines := - (v_win.done).line;
+    v_bytes := 0;
+    for v_event in execute durable.window_query(
+            pgque.event_tables((select s.queue_id from durable.shard s where s.shard = v_win.shard), v_win.s0), i_lines + 1)
+        using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1,
+            array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1))
+    loop
+        v_lines := v_lines + v_event.n::int;
+        v_bytes := v_bytes + octet_length(v_event.body);
+        if cardinality(v_events) > 0 and (v_lines > i_lines or v_bytes > i_bytes) then
+            v_is_last := false;
+            exit;
+        end if;
+        v_events := v_events || format('["%s",%s,%s]', v_event.txid, v_event.id, v_event.n);
+        v_bodies := v_bodies || v_event.body;
+    end loop;
+    return format('{"batch":%s,"takeovers":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]}',
+            v_win.batch, v_win.takeovers, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
+            array_to_string(v_events, ','))
+        || case when v_bodies = '{}' then '' else E'\n' || array_to_string(v_bodies, E'\n') end;
+end
+$$;

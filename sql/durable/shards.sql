@@ -1,0 +1,65 @@
+-- durable.new_id(): a capability of 112 random bits followed by the 16 bits of its start day.
+create or replace function durable.new_id() returns uuid
+language sql volatile
+as $$
+    select (encode(substr(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 1, 14), 'hex')
+        || lpad(to_hex(durable.today()), 4, '0'))::uuid
+$$;
+
+-- durable.day_of(id): the start day an id carries.
+create or replace function durable.day_of(i_id uuid) returns int
+language sql immutable parallel safe
+as $$ select get_byte(uuid_send(i_id), 14) * 256 + get_byte(uuid_send(i_id), 15) $$;
+
+-- durable.hex(id): the 32 digits as people and programs pass them; durable.short(id): the 12 that may be shown.
+create or replace function durable.hex(i_id uuid) returns text
+language sql immutable parallel safe
+as $$ select encode(uuid_send(i_id), 'hex') $$;
+
+create or replace function durable.short(i_id uuid) returns text
+language sql immutable parallel safe
+as $$ select left(encode(uuid_send(i_id), 'hex'), 12) $$;
+
+-- durable.slot_of(id): one of 1,024 virtual slots; ids are random, so their first ten bits are the hash.
+create or replace function durable.slot_of(i_id uuid) returns int
+language sql immutable parallel safe
+as $$ select get_byte(uuid_send(i_id), 0) * 4 + get_byte(uuid_send(i_id), 1) / 64 $$;
+
+-- durable.queue_of(shard), durable.consumer(): the names the engine knows a shard's log and its readers by.
+create or replace function durable.queue_of(i_shard int) returns text
+language sql immutable parallel safe
+as $$ select 'durable_' || i_shard $$;
+
+create or replace function durable.consumer_of(i_shard int) returns text
+language sql immutable parallel safe
+as $$ select 'durable_' || i_shard $$;
+
+-- durable.lay_out(shards): creates the queues and the slot map of an empty database; on a laid-out one it demands the same number.
+-- Tables: cluster, shard, slot (written once).
+create or replace function durable.lay_out(i_shards int) returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_shards int;
+begin
+    select c.shards into v_shards from durable.cluster c;
+    if found then
+        if v_shards <> i_shards then
+            raise exception 'this database is laid out for % shards, not %; start with --shards %', v_shards, i_shards, v_shards
+                using errcode = 'DC004';
+        end if;
+        return;
+    end if;
+    insert into durable.cluster (shards) values (i_shards);
+    for n in 0 .. i_shards - 1 loop
+        perform pgque.create_queue(durable.queue_of(n));
+        perform pgque.set_queue_config(durable.queue_of(n), 'external_ticker', 'true');
+        perform pgque.set_queue_config(durable.queue_of(n), 'rotation_period', '10 minutes');
+        perform pgque.register_consumer(durable.queue_of(n), durable.consumer_of(n));
+        insert into durable.shard (shard, queue, queue_id)
+        select n, q.queue_name, q.queue_id from pgque.queue q where q.queue_name = durable.queue_of(n);
+    end loop;
+    insert into durable.slot (slot, shard) select s, s % i_shards from generate_series(0, 1023) s;
+end
+$$;

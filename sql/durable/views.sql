@@ -1,0 +1,99 @@
+-- durable.locate(id): where a live workflow stands in the log: its unfinished step events. Looks at open windows from their
+-- cursors on and at what no tick covers yet, so it costs what the backlog of one shard costs, never history.
+create or replace function durable.locate(i_id uuid)
+returns table (shard int, place text, step text, seq int, owner_is_silent boolean)
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_shard durable.shard;
+    v_win record;
+begin
+    select s.* into v_shard from durable.slot l join durable.shard s using (shard) where l.slot = durable.slot_of(i_id);
+    for v_win in
+        select 'claimed' as place, w.s0, w.s1, w.done, w.active = '-infinity' as silent from durable.win w where w.shard = v_shard.shard
+        union all
+        (select 'queued', t.tick_snapshot, pg_current_snapshot(), row('0'::xid8, 0, 0)::durable.cursor, false
+         from pgque.tick t where t.tick_queue = v_shard.queue_id order by t.tick_id desc limit 1)
+    loop
+        return query execute
+            'select $7, $8, l.line::json ->> ''s'', (l.line::json ->> ''n'')::int, $9 from ('
+            || durable.window_query(pgque.event_tables(v_shard.queue_id, v_win.s0), null)
+            || ') e, string_to_table(e.body, E''\n'') with ordinality l(line, o)'
+               ' where e.body like $10 and l.line like $10 and not (e.txid = $1 and e.id = $2 and l.o <= $11)'
+            using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1,
+                array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1)),
+                v_shard.shard, v_win.place, v_win.silent, '%"w":"' || durable.hex(i_id) || '"%', (v_win.done).line;
+    end loop;
+end
+$$;
+
+-- durable.log(shard): the retained log of one shard, a row a step event, for people; ids are truncated.
+create or replace function durable.log(i_shard int)
+returns table (txid xid8, event_id bigint, line bigint, at timestamptz, id text, workflow text, step text, seq int)
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    return query execute format(
+        'select e.ev_txid, e.ev_id, l.o, e.ev_time, left(j ->> ''w'', 12), j ->> ''f'', j ->> ''s'', (j ->> ''n'')::int'
+        ' from %s e, string_to_table(e.ev_data, E''\n'') with ordinality l(line, o), lateral (select l.line::json) x(j)'
+        ' order by e.ev_txid, e.ev_id, l.o',
+        (select q.queue_data_pfx from pgque.queue q where q.queue_name = durable.queue_of(i_shard)));
+end
+$$;
+
+-- durable.list(…): workflows, newest first, ids truncated; page on with i_before = the last row's started_at.
+create or replace function durable.list(i_workflow text default null, i_status text default null, i_limit int default 50,
+    i_before timestamptz default 'infinity')
+returns table (id text, workflow text, version int, status text, key text, started_at timestamptz, finished_at timestamptz)
+language sql stable
+as $$
+    select durable.short(s.id), s.workflow, s.version, coalesce(f.status, 'running'), s.key, s.at, f.at
+    from durable.started s
+    left join durable.finished f on f.id = s.id and f.day = s.day
+    where s.at < i_before
+        and (i_workflow is null or s.workflow = i_workflow)
+        and (i_status is null or coalesce(f.status, 'running') = i_status)
+    order by s.at desc limit i_limit
+$$;
+
+-- durable.by_prefix(hex): the ids that begin with these hex digits, three at the most (one, none, or ambiguous).
+create or replace function durable.by_prefix(i_hex text) returns setof uuid
+language sql stable
+as $$
+    select s.id from durable.started s
+    where s.id between rpad(i_hex, 32, '0')::uuid and rpad(i_hex, 32, 'f')::uuid order by s.id limit 3
+$$;
+
+-- durable.shard_status(): one row a shard: what waits in its log, who reads it, how old its newest tick is.
+create or replace function durable.shard_status()
+returns table (shard int, has_work boolean, windows int, silent_windows int, consumers int, is_idle boolean, tick_age interval)
+language sql stable
+as $$
+    select s.shard, durable.has_events(s.queue_id),
+        (select count(*)::int from durable.win w where w.shard = s.shard),
+        (select count(*)::int from durable.win w where w.shard = s.shard and w.active = '-infinity'),
+        (select count(*)::int from pg_stat_activity a
+         where a.datname = current_database() and a.application_name like 'durable-cluster shard ' || s.shard || ' %'),
+        exists (select 1 from durable.idle i where i.shard = s.shard),
+        (select clock_timestamp() - t.tick_time from pgque.tick t where t.tick_queue = s.queue_id order by t.tick_id desc limit 1)
+    from durable.shard s order by s.shard
+$$;
+
+-- durable.totals(): workflows by type and status. Reads lifecycle rows of the retained days: for people, not for polls.
+create or replace function durable.totals() returns table (workflow text, status text, workflows bigint)
+language sql stable
+as $$
+    select s.workflow, coalesce(f.status, 'running'), count(*)
+    from durable.started s left join durable.finished f on f.id = s.id and f.day = s.day
+    group by 1, 2 order by 1, 2
+$$;
+
+-- durable.row_changes(): rows updated and deleted so far, per table of ours. What "append-only" is measured by.
+create or replace function durable.row_changes() returns table (relation text, updated bigint, deleted bigint, dead bigint)
+language sql volatile
+as $$
+    select t.schemaname || '.' || t.relname, t.n_tup_upd, t.n_tup_del, t.n_dead_tup
+    from pg_stat_user_tables t where t.schemaname in ('durable', 'pgque') order by 1
+$$;

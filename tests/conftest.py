@@ -1,0 +1,97 @@
+"""A real Postgres for every test: one server a run, one database a test, made from an installed template."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from durable_cluster import schema
+from durable_cluster.embedded import EmbeddedPostgres
+from psycopg.conninfo import make_conninfo
+
+SHARDS = 2
+TEMPLATE = "durable_template"
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The DSN of a server where databases may be made: ``DURABLE_TEST_DSN``, else an embedded one of this run."""
+    given = os.environ.get("DURABLE_TEST_DSN")
+    if given:
+        yield given
+        return
+    pg_bin = os.environ.get("DURABLE_PG_BIN")
+    with EmbeddedPostgres(
+        tmp_path_factory.mktemp("pg"), Path(pg_bin) if pg_bin else None, {"fsync": "off", "full_page_writes": "off"}
+    ) as embedded:
+        yield embedded.dsn
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> str:
+    """The name of a database with everything installed, for two shards."""
+    name = f"{TEMPLATE}_{os.getpid()}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"drop database if exists {name}")
+        admin.execute(f"create database {name}")
+    with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as connection:
+        schema.install(connection, shards=SHARDS)
+    return name
+
+
+@pytest.fixture
+def new_database(server: str) -> Iterator[Callable[[str | None], str]]:
+    """Makes databases (from a template, or empty) and drops them after the test; gives their DSNs."""
+    made: list[str] = []
+
+    def make(template: str | None = None) -> str:
+        name = f"durable_test_{os.getpid()}_{next(_numbers)}"
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute(f"create database {name} template {template or 'template0'}")
+        made.append(name)
+        return make_conninfo(server, dbname=name)
+
+    yield make
+    with psycopg.connect(server, autocommit=True) as admin:
+        for name in made:
+            admin.execute(f"drop database if exists {name} with (force)")
+
+
+@pytest.fixture
+def dsn(new_database: Callable[[str | None], str], template: str) -> str:
+    """A fresh database with everything installed."""
+    return new_database(template)
+
+
+@pytest.fixture
+def empty_dsn(new_database: Callable[[str | None], str]) -> str:
+    """A fresh database with nothing installed."""
+    return new_database(None)
+
+
+@pytest.fixture
+def conn(dsn: str) -> Iterator[psycopg.Connection]:
+    """An autocommit connection to the fresh database."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """``eventually(condition, seconds=10)``: wait until it is true; fail when the deadline passes. Never a bare sleep."""
+
+    def wait(condition: Callable[[], object], *, seconds: float = 10.0, what: str = "the condition") -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"{what} did not come true within {seconds} s")
+            time.sleep(0.005)
+
+    return wait
