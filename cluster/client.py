@@ -38,6 +38,10 @@ class Client:
         self._lock = threading.Lock()
         self._open: list[psycopg.Connection[Any]] = []
 
+    def use(self, dsn: str) -> None:
+        """From now on this database: what a cluster's processes say, whatever the program said."""
+        self._dsn = dsn
+
     @property
     def is_embedded(self) -> bool:
         """Whether the database is the local one: no argument and no DURABLE_DSN named another."""

@@ -41,6 +41,8 @@ class Consumer:
         self.shards = [shard]
         self.owner = 0
         self.steps = 0
+        self._dsn = dsn
+        self._machines = machines
         self._settings = settings
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = connect(
@@ -68,9 +70,22 @@ class Consumer:
             "select set_config('application_name', %s, false)", (f"durable-cluster shard {self.home} {self._member}",)
         )
 
-    def look_for_silent_windows(self) -> None:
-        """Make the next claim probe for windows whose owner is gone, whenever the last probe was."""
+    def successor(self) -> Consumer:
+        """A consumer like this one on a new connection, for when this one's is gone."""
+        fresh = Consumer(self._dsn, self.home, self._machines, self._settings)
+        fresh.shards, fresh.steps = self.shards, self.steps
+        return fresh
+
+    def adopt(self, shard: int) -> None:
+        """Read ``shard`` too, beginning with the windows that its dead consumer left."""
+        if shard not in self.shards:
+            self.shards = [*self.shards, shard]
+            self._is_asleep = False
         self._probe_takeover_at = 0.0
+
+    def release(self, shard: int) -> None:
+        """Stop reading ``shard``, unless it is home."""
+        self.shards = [other for other in self.shards if other != shard or other == self.home]
 
     def work(self, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
         """One claim on each of its shards and all pages of what that gave. Whether there was anything.

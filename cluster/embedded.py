@@ -2,7 +2,7 @@
 
 A user is whoever holds a shared lock on ``users.lock``; the kernel lets go of it however the user ends, so nothing is
 counted. ``keeper.lock`` is held by whoever is responsible for the server: the starter while it prepares, then the
-keeper (postmaster.py), to which it hands the open file. Who finds it free starts; who finds it taken waits for a server.
+keeper (postmaster.py), to which it hands the open file. Who finds it free starts; who finds it taken waits.
 
     two first users         one gets keeper.lock, the other waits for the server
     attach while it stops   the keeper has users.lock to itself until the server is down; a newcomer waits, then starts
@@ -28,8 +28,8 @@ from psycopg.conninfo import make_conninfo
 
 from durable_cluster import postmaster
 from durable_cluster.errors import EmbeddedError
-from durable_cluster.pidfile import await_absence, read_pidfile
-from durable_cluster.premises import Premises, settle
+from durable_cluster.pidfile import await_absence, drop_stale, read_pidfile
+from durable_cluster.premises import SOCKET_NAME, Premises, settle
 
 LOG_LINES_SHOWN = 12
 PORT = "5432"  # only part of the socket's name; said aloud, or PGPORT would decide it
@@ -162,6 +162,8 @@ class EmbeddedPostgres:
         """Prepare the places and leave a keeper behind that holds ``responsible`` from now on."""
         premises = settle(self._home, self._bin_dir)
         await_absence(premises.pgdata, pauses(deadline))
+        drop_stale(premises.pgdata / "postmaster.pid")
+        drop_stale(premises.socket_dir / f"{SOCKET_NAME}.lock")
         plan = json.dumps(self._plan(premises, responsible))
         try:
             done = subprocess.run(

@@ -49,7 +49,7 @@ def await_absence(pgdata: Path, pauses: Iterable[None]) -> None:
         owner = found.pid if found is not None and is_postmaster_of(pgdata, found.pid) else None
         left = sorted({*backends_in(pgdata), *([] if owner is None else [owner])})
         if not left:
-            return drop_stale(pgdata, found)
+            return
         if owner is not None and found is not None and found.status != "stopping" and time.monotonic() > foreign_after:
             raise EmbeddedError(
                 f"{pgdata} is in use by a Postgres that was not started by durable-cluster (pid {owner}): stop it "
@@ -61,13 +61,17 @@ def await_absence(pgdata: Path, pauses: Iterable[None]) -> None:
     )
 
 
-def drop_stale(pgdata: Path, found: PidFile | None) -> None:
-    """Remove a pid file whose number now belongs to another program: postgres only asks whether the number lives.
+def drop_stale(lock_file: Path) -> None:
+    """Remove a lock file of a server that is gone (see ``await_absence``) if its number seems to live.
 
-    One whose number is free is left to postgres, which also checks the shared memory named in it.
+    Postgres only asks whether the number lives, and it does when another program has it now, and when the dead server is a
+    zombie because the container's first process does not reap. A number that is free is left to postgres, which also checks
+    the shared memory named in the file.
     """
-    if found is not None and is_alive(found.pid):
-        (pgdata / "postmaster.pid").unlink(missing_ok=True)
+    if lock_file.exists():
+        number = lock_file.read_text().partition("\n")[0]
+        if number.isdigit() and is_alive(int(number)):
+            lock_file.unlink()
 
 
 def is_alive(pid: int) -> bool:

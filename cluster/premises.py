@@ -103,8 +103,8 @@ def refuse_other_major(pgdata: Path, bin_dir: Path) -> None:
     if data_major != server_major:
         raise EmbeddedError(
             f"{pgdata} was written by PostgreSQL {data_major}, and the binaries in {bin_dir} are PostgreSQL "
-            f"{server_major}: point DURABLE_PG_BIN at PostgreSQL {data_major} to go on with this data (and pg_dump it, to "
-            f"move it to {server_major}), or choose another --data to start empty"
+            f"{server_major}: point DURABLE_PG_BIN at PostgreSQL {data_major} to go on with this data (and pg_dump it, "
+            f"to move it to {server_major}), or choose another --data to start empty"
         )
 
 

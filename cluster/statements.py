@@ -222,3 +222,45 @@ def abandon(connection: Connection, owner: int) -> list[int]:
     with translated():
         row = connection.execute("select durable.abandon(%s::bigint)", (owner,)).fetchone()
     return list(row[0]) if row else []
+
+
+def needs_partitions(connection: Connection) -> bool:
+    """Whether day partitions are running out."""
+    return _is_true(connection, "select durable.needs_partitions()")
+
+
+def add_partitions(connection: Connection) -> int:
+    """Make them; how many. Raises LockNotAvailable when a reader holds on."""
+    return _count(connection, "select durable.add_partitions()")
+
+
+def needs_rotation(connection: Connection) -> bool:
+    """Whether a log's rotation is due, or half done."""
+    return _is_true(connection, "select durable.needs_rotation()")
+
+
+def rotate(connection: Connection) -> int:
+    """Both steps of rotation for every queue, each in its own transaction; what the engine counts."""
+    return _count(connection, "select durable.rotate()") + _count(connection, "select durable.finish_rotation()")
+
+
+def has_dead_members(connection: Connection) -> bool:
+    """Whether the engine knows readers whose process is gone."""
+    return _is_true(connection, "select exists (select 1 from durable.dead_members())")
+
+
+def sweep_members(connection: Connection) -> int:
+    """Unregister them; how many went."""
+    return _count(connection, "select durable.sweep_members()")
+
+
+def _is_true(connection: Connection, query: str) -> bool:
+    with translated():
+        row = connection.execute(query.encode()).fetchone()
+    return bool(row and row[0])
+
+
+def _count(connection: Connection, query: str) -> int:
+    with translated():
+        row = connection.execute(query.encode()).fetchone()
+    return int(row[0]) if row and row[0] is not None else 0

@@ -27,44 +27,115 @@ create or replace function durable.needs_partitions() returns boolean
 language sql stable
 as $$ select to_regclass('durable.finished_' || (durable.today() + 7)) is null $$;
 
--- durable.needs_rotation(): a read that tells whether pgque.maint or the second rotation step may have something to do:
--- a rotation in between its steps, or a period that is over with something read since.
+-- durable.needs_rotation(): a read that tells whether rotation may have something to do: a queue in between its two steps, or one
+-- whose period is over and whose tables hold anything. An idle log is rotated until it is empty, and then left alone.
 create or replace function durable.needs_rotation() returns boolean
 language sql stable
+set search_path = pg_catalog, durable, pg_temp
 as $$
     select exists (
         select 1 from pgque.queue q
         where q.queue_switch_step2 is null
             or (q.queue_switch_time + q.queue_rotation_period < clock_timestamp()
-                and exists (select 1 from pgque.tick t where t.tick_queue = q.queue_id and t.tick_time > q.queue_switch_time)))
+                and exists (select 1 from generate_series(0, q.queue_ntables - 1) n
+                            where pg_relation_size((q.queue_data_pfx || '_' || n)::regclass) > 0)))
 $$;
 
--- durable.sweep_members(): unregisters readers whose process is not connected and who hold no window. How many went.
-create or replace function durable.sweep_members(i_silent interval default '1 hour') returns int
+-- durable.try_maintenance(what): whether this transaction may do it: one host at a time, nobody waits.
+create or replace function durable.try_maintenance(i_what text) returns boolean
+language sql volatile
+as $$ select pg_try_advisory_xact_lock(hashtextextended('durable ' || i_what, 0)) $$;
+
+-- durable.rotate(), durable.finish_rotation(): the engine's two steps, each in its own transaction, before them the idle shards.
+create or replace function durable.rotate() returns int
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if not durable.try_maintenance('rotate') then
+        return 0;
+    end if;
+    perform durable.tick_idle(s.shard) from durable.shard s;
+    return pgque.maint();
+end
+$$;
+
+create or replace function durable.finish_rotation() returns int
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if not durable.try_maintenance('rotate') then
+        return 0;
+    end if;
+    return pgque.maint_rotate_tables_step2();
+end
+$$;
+
+-- durable.tick_idle(shard): moves a shard where nothing happens past its last rotation, so that the next one may empty a table.
+-- An empty window, opened and finished here; not while anything waits to be read.
+create or replace function durable.tick_idle(i_shard int) returns void
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
-    v_member record;
+    v_shard durable.shard;
+    v_batch bigint;
+begin
+    perform durable.demand_read_committed();
+    select s.* into v_shard from durable.shard s where s.shard = i_shard for update skip locked;
+    if not found or durable.has_events(v_shard.queue_id) or not exists (
+        select 1 from pgque.queue q where q.queue_id = v_shard.queue_id
+            and (select pg_snapshot_xmin(t.tick_snapshot) from pgque.tick t where t.tick_queue = q.queue_id
+                 order by t.tick_id desc limit 1) <= q.queue_switch_step2)
+    then
+        return;
+    end if;
+    perform pgque.ticker(v_shard.queue, t.tick_id + 1, clock_timestamp(), t.tick_event_seq)
+    from (select k.tick_id, k.tick_event_seq from pgque.tick k where k.tick_queue = v_shard.queue_id
+          order by k.tick_id desc limit 1) t;
+    -- What was committed between the look and the tick is in this window: then it stays open, silent, for a consumer.
+    v_batch := pgque.next_batch(v_shard.queue, durable.consumer_of(i_shard), 'maintenance');
+    if v_batch is null then
+        return;
+    end if;
+    insert into durable.win (batch, shard, owner, s0, s1, active)
+    select v_batch, i_shard, 0, p.tick_snapshot, n.tick_snapshot, '-infinity'
+    from pgque.get_batch_info(v_batch) b
+    join pgque.tick p on p.tick_queue = v_shard.queue_id and p.tick_id = b.prev_tick_id
+    join pgque.tick n on n.tick_queue = v_shard.queue_id and n.tick_id = b.tick_id
+    on conflict do nothing;
+end
+$$;
+
+-- durable.dead_members(): readers whose process is not connected, that have been silent for a minute.
+create or replace function durable.dead_members() returns table (queue text, consumer text, member text)
+language sql stable
+as $$
+    select q.queue_name, split_part(c.co_name, '.', 1), split_part(c.co_name, '.', 2)
+    from pgque.subscription s
+    join pgque.consumer c on c.co_id = s.sub_consumer
+    join pgque.queue q on q.queue_id = s.sub_queue
+    join durable.shard d on d.queue = q.queue_name
+    where s.sub_role = 'coop_member' and split_part(c.co_name, '.', 2) <> 'maintenance'
+        and s.sub_active < clock_timestamp() - interval '1 minute'
+        and not exists (select 1 from pg_stat_activity a
+                        where a.application_name like 'durable-cluster shard % ' || split_part(c.co_name, '.', 2))
+        and not exists (select 1 from pgque.batch b where b.batch_member = c.co_id
+                        and not exists (select 1 from pgque.batch_end e where e.batch_id = b.batch_id))
+$$;
+
+-- durable.sweep_members(): unregisters the dead members. How many went.
+create or replace function durable.sweep_members() returns int
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
     v_gone int := 0;
 begin
-    for v_member in
-        select q.queue_name, split_part(c.co_name, '.', 1) as consumer, split_part(c.co_name, '.', 2) as member
-        from pgque.subscription s
-        join pgque.consumer c on c.co_id = s.sub_consumer
-        join pgque.queue q on q.queue_id = s.sub_queue
-        where s.sub_role = 'coop_member' and s.sub_active < clock_timestamp() - i_silent
-            and q.queue_name in (select d.queue from durable.shard d)
-            and not exists (select 1 from pg_stat_activity a
-                            where a.application_name like 'durable-cluster %' || split_part(c.co_name, '.', 2))
-    loop
-        begin
-            perform pgque.unregister_subconsumer(v_member.queue_name, v_member.consumer, v_member.member);
-            v_gone := v_gone + 1;
-        exception when raise_exception then
-            null;  -- it still holds a window that nobody has taken over yet
-        end;
-    end loop;
+    if durable.try_maintenance('members') then
+        select count(pgque.unregister_subconsumer(m.queue, m.consumer, m.member)) into v_gone from durable.dead_members() m;
+    end if;
     return v_gone;
 end
 $$;

@@ -1,0 +1,215 @@
+"""What runs inside a child: the boot that every child shares, and the loops of a consumer and of maintenance."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocess.connection import Connection
+from types import FrameType
+
+import psycopg
+
+from durable_cluster import statements, telemetry
+from durable_cluster.consumer import Consumer
+from durable_cluster.database import connect
+from durable_cluster.errors import ConnectionFailed, DurableError
+from durable_cluster.loading import load_app
+from durable_cluster.shards import maintenance
+from durable_cluster.shards.messages import (
+    Adopt,
+    Beat,
+    Broken,
+    ClusterConfig,
+    Ready,
+    decode_config,
+    decode_to_child,
+    encode,
+)
+
+logger = logging.getLogger("durable_cluster.child")
+
+EXIT_CANNOT_BOOT = 3
+RECONNECT_S_MIN = 0.1
+RECONNECT_S_MAX = 5.0
+PR_SET_PDEATHSIG = 1
+
+
+class Orders:
+    """The supervisor's end of the pipe, and whether it is time to stop."""
+
+    def __init__(self, pipe: Connection, settings_grace_s: float) -> None:
+        self.pipe = pipe
+        self.is_stopping = False
+        self._grace_s = settings_grace_s
+        self._beat_at = 0.0
+
+    def stop(self, signal_number: int, frame: FrameType | None) -> None:
+        """The handler of SIGTERM: only notes it, and lets the alarm end a process that a step keeps from looking."""
+        self.is_stopping = True
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+
+    def say(self, message: Ready | Beat | Broken) -> None:
+        """Tell the supervisor; its end being gone means that it is gone, and so are we."""
+        try:
+            self.pipe.send_bytes(encode(message))
+        except OSError:
+            self.is_stopping = True
+
+    def beat(self, beat: Beat, *, every_s: float) -> None:
+        """As ``say``, at most once in ``every_s`` seconds."""
+        now = time.monotonic()
+        if now - self._beat_at >= every_s:
+            self._beat_at = now
+            self.say(beat)
+
+    def heard(self) -> list[Adopt | object]:
+        """What the supervisor has said since the last time."""
+        said: list[Adopt | object] = []
+        try:
+            while self.pipe.poll():
+                said.append(decode_to_child(self.pipe.recv_bytes()))
+        except (EOFError, OSError):
+            self.is_stopping = True
+        return said
+
+
+def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pid: int) -> None:
+    """The target of every child: a consumer of ``shard``, or maintenance without one."""
+    config = decode_config(config_bytes)
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(processName)s %(levelname)s %(message)s")
+    orders = Orders(pipe, config.settings.drain_grace_s)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.signal(signal.SIGTERM, orders.stop)
+    if not _dies_with(supervisor_pid):
+        return
+    try:
+        tracing = telemetry.configure("consumer" if shard is not None else "maintenance")
+        run = _consumer(config, shard, orders) if shard is not None else _maintenance(config, orders)
+    except Exception as error:
+        reason = str(error) if isinstance(error, DurableError) else f"{type(error).__name__}: {error}"
+        orders.say(Broken(reason))
+        sys.exit(EXIT_CANNOT_BOOT)
+    run()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if tracing is not None:
+        tracing.shutdown()
+
+
+def _dies_with(supervisor_pid: int) -> bool:
+    """Ask the kernel for SIGTERM when the supervisor dies; False if it has died already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    return os.getppid() == supervisor_pid
+
+
+def _consumer(config: ClusterConfig, shard: int, orders: Orders) -> Callable[[], None]:
+    app = load_app(config.app)
+    app.client.use(config.dsn)
+    consumer = Consumer(config.dsn, shard, app.machines, config.settings)
+    orders.say(Ready(consumer.owner))
+
+    def run() -> None:
+        current = consumer
+        while not orders.is_stopping:
+            try:
+                _consume(current, config, orders)
+            except psycopg.OperationalError as error:
+                logger.warning("shard %d: the connection is gone (%s); connecting again", shard, _first_line(error))
+                current = _reconnected(current, config, orders)
+        _hand_back(current)
+
+    return run
+
+
+def _consume(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
+    """Work and wait until told to stop."""
+    every_s = config.settings.heartbeat_s / 2
+    owner = consumer.owner
+
+    def on_page() -> None:
+        orders.beat(Beat(consumer.owner, True, consumer.steps), every_s=every_s)
+
+    last_work = time.monotonic()
+    while not orders.is_stopping:
+        for order in orders.heard():
+            _obey(consumer, order)
+        if consumer.work(lambda: orders.is_stopping, on_page):
+            last_work = time.monotonic()
+        else:
+            orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=every_s)
+            consumer.wait(time.monotonic() - last_work, [orders.pipe.fileno()])
+        if consumer.owner != owner:
+            owner = consumer.owner
+            orders.say(Ready(owner))
+
+
+def _obey(consumer: Consumer, order: object) -> None:
+    assert hasattr(order, "shard")
+    if isinstance(order, Adopt):
+        consumer.adopt(order.shard)
+    else:
+        consumer.release(order.shard)
+
+
+def _reconnected(lost: Consumer, config: ClusterConfig, orders: Orders) -> Consumer:
+    """A new incarnation on a new connection, however long that takes; the old one's windows are free then."""
+    lost.close()
+    pause_s = RECONNECT_S_MIN
+    while not orders.is_stopping:
+        try:
+            fresh = lost.successor()
+            statements.abandon(fresh.connection, lost.owner)
+            orders.say(Ready(fresh.owner))
+            logger.warning("shard %d: connected again", lost.home)
+            return fresh
+        except (ConnectionFailed, psycopg.OperationalError):
+            orders.beat(Beat(0, False, lost.steps), every_s=config.settings.heartbeat_s / 2)
+            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(RECONNECT_S_MAX, pause_s * 2)
+    return lost
+
+
+def _hand_back(consumer: Consumer) -> None:
+    """A drained consumer's open window goes to a sibling at once."""
+    try:
+        statements.abandon(consumer.connection, consumer.owner)
+    except psycopg.Error as error:
+        logger.warning("shard %d: its window could not be handed back: %s", consumer.home, _first_line(error))
+    consumer.close()
+
+
+def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
+    connection = connect(
+        config.dsn, name="durable-cluster maintenance", lock_timeout_ms=config.settings.lock_timeout_ms
+    )
+    orders.say(Ready(0))
+
+    def run() -> None:
+        current = connection
+        while not orders.is_stopping:
+            try:
+                if current.closed:
+                    current = connect(
+                        config.dsn, name="durable-cluster maintenance", lock_timeout_ms=config.settings.lock_timeout_ms
+                    )
+                maintenance.run_once(current)
+            except (ConnectionFailed, psycopg.OperationalError) as error:
+                logger.info("maintenance: %s; trying again", _first_line(error))
+                if current.broken:
+                    current.close()
+            orders.say(Beat(0, False, 0))
+            orders.pipe.poll(config.settings.maintenance_s * random.uniform(0.8, 1.2))
+            orders.heard()
+        current.close()
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

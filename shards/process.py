@@ -1,0 +1,78 @@
+"""One child as its supervisor sees it: spawned, heard, told, drained, killed, reaped. Kills once; every call is safe twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+from multiprocess.connection import Connection
+from multiprocess.context import SpawnContext
+
+from durable_cluster.shards.messages import FromChild, ToChild, decode_from_child, encode
+
+Target = Callable[[bytes, int | None, Connection, int], None]
+
+
+class Child:
+    """A spawned process and its pipe."""
+
+    def __init__(self, context: SpawnContext, target: Target, config: bytes, *, name: str, shard: int | None) -> None:
+        self.name = name
+        self.shard = shard
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(config, shard, theirs, os.getpid()), name=name)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id; it belongs to the child until it is reaped."""
+        return int(self._process.pid)
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; negative for the signal that ended it."""
+        code: int | None = self._process.exitcode
+        return code
+
+    @property
+    def waitables(self) -> list[object]:
+        """What becomes ready when the child dies or speaks."""
+        return [self._process.sentinel] if self._pipe.closed else [self._process.sentinel, self._pipe]
+
+    def heard(self) -> list[FromChild]:
+        """What it has said since the last time; also what a dead child said before."""
+        said: list[FromChild] = []
+        try:
+            while not self._pipe.closed and self._pipe.poll():
+                said.append(decode_from_child(self._pipe.recv_bytes()))
+        except (EOFError, OSError):
+            self._pipe.close()
+        return said
+
+    def tell(self, message: ToChild) -> None:
+        """Send it a message; a child that is dying does not hear it."""
+        try:
+            if not self._pipe.closed:
+                self._pipe.send_bytes(encode(message))
+        except OSError:
+            self._pipe.close()
+
+    def drain(self) -> None:
+        """Ask it to finish its page and go."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it now."""
+        self._signal(signal.SIGKILL)
+
+    def reap(self) -> None:
+        """Collect a child that has ended."""
+        self._process.join()
+        self._pipe.close()
+        self._process.close()
+
+    def _signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self.pid, number)

@@ -1,0 +1,329 @@
+"""The supervisor: desired minus alive, in one loop.
+
+    supervisor ── consumer of shard 0 … n-1 (one connection each)
+               ├─ maintenance (one connection)
+               └─ its own connection: heartbeats for living children that hold work, and the windows of dead ones set free
+
+Signal handlers only note the signal; the loop acts. A child that cannot boot stops the cluster with its error; one that dies
+later is started again, with backoff and a limit. While a shard has no consumer of its own, a sibling reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import multiprocess
+import psycopg
+from multiprocess.connection import wait
+
+from durable_cluster import schema, statements
+from durable_cluster.database import connect
+from durable_cluster.errors import ConnectionFailed, DatabaseError, DurableError
+from durable_cluster.shards import child, restarts
+from durable_cluster.shards.messages import Adopt, Beat, Broken, ClusterConfig, Ready, Release, encode
+from durable_cluster.shards.process import Child
+
+logger = logging.getLogger("durable_cluster.supervisor")
+
+LOOP_S_MAX = 0.25
+RECONNECT_S = 1.0
+
+
+class ClusterStopped(DurableError):
+    """The supervisor gave up: a child cannot boot, or dies too often."""
+
+
+class Place:
+    """A child that should be there: a consumer of a shard, or maintenance."""
+
+    def __init__(self, name: str, shard: int | None) -> None:
+        self.name = name
+        self.shard = shard
+        self.child: Child | None = None
+        self.is_ready = False
+        self.is_holding = False
+        self.owners: list[int] = []
+        self.steps = 0
+        self.start_at = 0.0
+        self.heard_at = 0.0
+        self.deaths: list[float] = []
+        self.adopted: list[int] = []
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its child runs and has said so."""
+        return self.child is not None and self.is_ready
+
+
+class Supervisor:
+    """Keeps a cluster's processes alive until it is told to stop."""
+
+    def __init__(self, config: ClusterConfig, *, on_up: Callable[[Supervisor], None] | None = None) -> None:
+        self.config = config
+        self.restarts = 0
+        self._settings = config.settings
+        self._config_bytes = encode(config)
+        self._context = multiprocess.get_context("spawn")
+        self._connection = connect(config.dsn, name="durable-cluster supervisor")
+        schema.demand_installed(self._connection, shards=config.shards)
+        self._places = [
+            Place(f"shard-{shard}" if config.consumers_per_shard == 1 else f"shard-{shard}.{number}", shard)
+            for shard in range(config.shards)
+            for number in range(config.consumers_per_shard)
+        ]
+        self._places.append(Place("maintenance", None))
+        self._to_abandon: list[int] = []
+        self._on_up = on_up
+        self._signals = 0
+        self._deadline: float | None = None
+        self._heartbeat_at = 0.0
+        self._reconnect_at = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps that the children have reported so far."""
+        return sum(place.steps for place in self._places)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process id of each living child by its name."""
+        return {place.name: place.child.pid for place in self._places if place.child is not None}
+
+    @property
+    def holding_pids(self) -> list[int]:
+        """Children that said lately that they hold a window."""
+        return [place.child.pid for place in self._places if place.child is not None and place.is_holding]
+
+    def stop(self) -> None:
+        """Drain and end; a second call kills. Safe from a signal handler and from another thread."""
+        self._signals += 1
+        try:
+            self._wakeup_write.send(b"\0")
+        except (AttributeError, OSError):
+            return
+
+    def run(self, *, with_signals: bool = True) -> None:
+        """Start the children and keep them until ``stop`` or SIGTERM or SIGINT. Raises ClusterStopped."""
+        self._wakeup_read, self._wakeup_write = socket.socketpair()
+        for end in (self._wakeup_read, self._wakeup_write):
+            end.setblocking(False)
+        handlers = self._take_signals() if with_signals else {}
+        try:
+            while not self._is_over():
+                self._act()
+                self._listen()
+        except BaseException:
+            self._kill_all()
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if with_signals:
+                signal.set_wakeup_fd(-1)
+            self._flush_abandoned()
+            self._connection.close()
+            self._wakeup_read.close()
+            self._wakeup_write.close()
+
+    # The loop's steps.
+
+    def _act(self) -> None:
+        now = time.monotonic()
+        if self._signals:
+            self._drain(now)
+        else:
+            self._start_due(now)
+        self._check_hangs(now)
+        self._flush_abandoned()
+        self._heartbeat(now)
+
+    def _listen(self) -> None:
+        waitables: list[object] = [self._wakeup_read]
+        for place in self._places:
+            if place.child is not None:
+                waitables += place.child.waitables
+        due = [place.start_at - time.monotonic() for place in self._places if place.child is None and not self._signals]
+        wait(waitables, timeout=max(0.0, min([LOOP_S_MAX, *due])))
+        try:
+            self._wakeup_read.recv(64)
+        except BlockingIOError:
+            pass
+        for place in self._places:
+            if place.child is not None:
+                self._hear(place)
+                if place.child.exitcode is not None:
+                    self._reap(place)
+
+    def _is_over(self) -> bool:
+        return bool(self._signals) and all(place.child is None for place in self._places)
+
+    # Starting and hearing.
+
+    def _start_due(self, now: float) -> None:
+        for place in self._places:
+            if place.child is None and place.start_at <= now:
+                place.child = Child(
+                    self._context, child.main, self._config_bytes, name=place.name, shard=place.shard
+                )
+                place.is_ready = place.is_holding = False
+                place.heard_at = now
+
+    def _hear(self, place: Place) -> None:
+        assert place.child is not None
+        for message in place.child.heard():
+            place.heard_at = time.monotonic()
+            if isinstance(message, Ready):
+                self._is_up(place, message.owner)
+            elif isinstance(message, Beat):
+                place.is_holding, place.steps = message.is_holding, message.steps
+            elif isinstance(message, Broken):
+                raise ClusterStopped(f"{place.name} cannot start: {message.reason}")
+
+    def _is_up(self, place: Place, owner: int) -> None:
+        if owner:
+            place.owners.append(owner)
+        place.is_ready = True
+        if place.shard is not None:
+            for sibling in self._places:
+                if sibling is not place and place.shard in sibling.adopted and sibling.child is not None:
+                    sibling.adopted.remove(place.shard)
+                    sibling.child.tell(Release(place.shard))
+        if self._on_up is not None and all(one.is_ready for one in self._places):
+            said, self._on_up = self._on_up, None
+            said(self)
+
+    # Dying.
+
+    def _reap(self, place: Place) -> None:
+        assert place.child is not None
+        code = place.child.exitcode
+        place.child.reap()
+        place.child, was_ready = None, place.is_ready
+        place.is_ready = place.is_holding = False
+        self._to_abandon += place.owners
+        place.owners = []
+        if self._signals:
+            return
+        if not was_ready:
+            raise ClusterStopped(f"{place.name} ended while it started ({_ending(code)}); its error stands above")
+        now = time.monotonic()
+        place.deaths = [*restarts.recent(place.deaths, now=now, window_s=self._settings.restart_window_s), now]
+        if len(place.deaths) > self._settings.restarts_max:
+            raise ClusterStopped(
+                f"{place.name} died {len(place.deaths)} times in {self._settings.restart_window_s:.0f} s (last: {_ending(code)})"
+            )
+        self.restarts += 1
+        place.start_at = now + restarts.pause_s(len(place.deaths), chance=random.random())
+        logger.warning("%s ended (%s); started again in %.1f s", place.name, _ending(code), place.start_at - now)
+        self._flush_abandoned()
+        for shard in {place.shard, *place.adopted} - {None}:
+            assert shard is not None
+            self._find_adopter(shard)
+        place.adopted = []
+
+    def _find_adopter(self, shard: int) -> None:
+        """Have the least burdened living consumer read a shard whose windows are free now; its own sibling first."""
+        living = [place for place in self._places if place.is_up and place.shard is not None]
+        if not living:
+            return
+        adopter = min(living, key=lambda place: (place.shard != shard, len(place.adopted), place.is_holding))
+        assert adopter.child is not None
+        if adopter.shard != shard and shard not in adopter.adopted:
+            adopter.adopted.append(shard)
+        adopter.child.tell(Adopt(shard))
+
+    def _check_hangs(self, now: float) -> None:
+        for place in self._places:
+            if place.child is None or place.child.exitcode is not None:
+                continue
+            silent_s = now - place.heard_at
+            limit_s = self._settings.hang_timeout_s if place.is_ready else self._settings.boot_timeout_s
+            if silent_s > limit_s:
+                what = "hangs" if place.is_ready else "does not start"
+                logger.error("%s %s: silent for %.0f s; it is killed", place.name, what, silent_s)
+                place.child.kill()
+                place.heard_at = float("inf")
+
+    def _drain(self, now: float) -> None:
+        living = [place.child for place in self._places if place.child is not None]
+        if self._deadline is None:
+            self._deadline = now + self._settings.drain_grace_s
+            for one in living:
+                one.drain()
+        elif now > self._deadline or self._signals > 1:
+            for one in living:
+                one.kill()
+
+    def _kill_all(self) -> None:
+        for place in self._places:
+            if place.child is not None:
+                place.child.kill()
+                place.child.reap()
+                place.child = None
+                self._to_abandon += place.owners
+
+    # The database.
+
+    def _heartbeat(self, now: float) -> None:
+        if now < self._heartbeat_at:
+            return
+        self._heartbeat_at = now + self._settings.dead_interval_s / 4
+        holders = [owner for place in self._places if place.child is not None and place.is_holding for owner in place.owners]
+        if holders:
+            self._ask(lambda: statements.heartbeat(self._connection, holders))
+
+    def _flush_abandoned(self) -> None:
+        while self._to_abandon:
+            owner = self._to_abandon[0]
+            if not self._ask(lambda owner=owner: statements.abandon(self._connection, owner)):  # type: ignore[misc]
+                return
+            self._to_abandon.pop(0)
+
+    def _ask(self, question: Callable[[], object]) -> bool:
+        """Run a statement; whether it went through. A lost connection is opened again, at most once a second."""
+        try:
+            if self._connection.closed or self._connection.broken:
+                if time.monotonic() < self._reconnect_at:
+                    return False
+                self._reconnect_at = time.monotonic() + RECONNECT_S
+                self._connection = connect(self.config.dsn, name="durable-cluster supervisor")
+            question()
+            return True
+        except (ConnectionFailed, psycopg.OperationalError) as error:
+            logger.info("the supervisor's statement failed (%s); trying again", type(error).__name__)
+            if not self._connection.closed:
+                self._connection.close()
+            return False
+
+    def _take_signals(self) -> dict[int, object]:
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signals += 1
+
+        signal.set_wakeup_fd(self._wakeup_write.fileno(), warn_on_full_buffer=False)
+        return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def peak_memory_mib(pids: list[int]) -> float:
+    """The sum of the processes' resident memory, in MiB (Linux; elsewhere this process's peak)."""
+    total_kib = 0
+    for pid in pids:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
+        except OSError:
+            continue
+        total_kib += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")), 0)
+    return (total_kib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code}"
