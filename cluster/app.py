@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import msgspec
 import psycopg
-
 from durable_cluster.client import Client, Handle
 from durable_cluster.errors import AppError, UnknownWorkflow
 from durable_cluster.runner import run_here
@@ -45,8 +44,8 @@ class Machine:
     def step(self, *, start: bool = False, transactional: bool = False, name: str | None = None) -> Callable[[F], F]:
         """Make a function a step of this machine; it stays the plain function that it is.
 
-        The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns ``ctx.goto(step, state)``,
-        ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here. ``transactional``: runs inside the
+        The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns
+        ``ctx.goto(step, state)``, ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here. ``transactional``: runs inside the
         transaction that hands the workflow on, with ``ctx.tx``. Raises AppError for a signature that cannot be called.
         """
 
@@ -58,7 +57,9 @@ class Machine:
             if transactional and signature.is_async:
                 raise AppError(f"step '{step_name}' is async and transactional; a transactional step is a plain def")
             if start and self.first is not None:
-                raise AppError(f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True")
+                raise AppError(
+                    f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True"
+                )
             step = Step(
                 name=step_name,
                 handler=function,
@@ -79,7 +80,9 @@ class Machine:
         name = self._names.get(step) if callable(step) else step
         if name is None or name not in self.steps:
             shown = getattr(step, "__name__", step)
-            raise AppError(f"machine '{self.name}' has no step '{shown}'; its steps are {', '.join(self.steps) or 'none yet'}")
+            raise AppError(
+                f"machine '{self.name}' has no step '{shown}'; its steps are {', '.join(self.steps) or 'none yet'}"
+            )
         return name
 
     def start(self, value: Any, *, key: str | None = None, tx: psycopg.Connection[Any] | None = None) -> Handle:
@@ -145,7 +148,9 @@ class App:
     def workflow(self, name: str) -> Machine:
         """The machine called ``name``. Raises UnknownWorkflow."""
         if name not in self.machines:
-            raise UnknownWorkflow(f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}")
+            raise UnknownWorkflow(
+                f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}"
+            )
         return self.machines[name]
 
     def get(self, workflow_id: str) -> Handle:

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 import psycopg
-
 from durable_cluster import statements
 from durable_cluster.context import short_id
 from durable_cluster.database import connect
@@ -71,7 +70,14 @@ class Client:
         return known
 
     def start(
-        self, workflow: str, version: int, step: str, payload: str, *, key: str | None, tx: psycopg.Connection[Any] | None
+        self,
+        workflow: str,
+        version: int,
+        step: str,
+        payload: str,
+        *,
+        key: str | None,
+        tx: psycopg.Connection[Any] | None,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
         where = tx if tx is not None else self.connection()
@@ -185,7 +191,9 @@ class Handle:
         if status == "completed":
             return value
         reason, step = value.get("reason", "unknown"), value.get("step", "?")
-        raise WorkflowFailed(f"workflow {short_id(self.id)}… ('{self.workflow}') failed in step '{step}': {reason}", reason=reason)
+        raise WorkflowFailed(
+            f"workflow {short_id(self.id)}… ('{self.workflow}') failed in step '{step}': {reason}", reason=reason
+        )
 
 
 def _pauses() -> Generator[float, None, None]:

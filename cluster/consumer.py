@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-
 from durable_cluster import statements, telemetry
 from durable_cluster.database import connect
 from durable_cluster.envelope import decode_page
@@ -92,7 +91,8 @@ class Consumer:
 
         ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays its owner's.
         """
-        return any([self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)])
+        found = [self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)]
+        return any(found)
 
     def wait(self, idle_s: float, wakeups: Sequence[int] = ()) -> bool:
         """Wait until there may be work, or one of the file descriptors ``wakeups`` is ready, or a pause is over.
@@ -169,7 +169,7 @@ class Consumer:
         now = time.monotonic()
         is_probing = now >= self._probe_takeover_at
         dead = self._dead if is_probing else None
-        if any([statements.probe(self._connection, shard, dead_interval=dead) for shard in self.shards]):
+        if any(statements.probe(self._connection, shard, dead_interval=dead) for shard in self.shards):
             return True  # a claim follows, which probes for takeovers if it is time
         if is_probing:
             self._probe_takeover_at = now + self._settings.takeover_probe_s

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
-
 from durable_cluster.errors import ConfigurationError, ConnectionFailed
+from psycopg.conninfo import conninfo_to_dict
 
 CONNECT_TIMEOUT_S = 10
 
@@ -28,7 +27,9 @@ def connect(dsn: str, *, name: str, lock_timeout_ms: int = 0) -> psycopg.Connect
             dsn, autocommit=True, application_name=name, connect_timeout=CONNECT_TIMEOUT_S, keepalives_idle=10
         )
     except psycopg.ProgrammingError as error:
-        raise ConfigurationError(f"the DSN cannot be read ({error}); write it as postgresql://user@host/database") from error
+        raise ConfigurationError(
+            f"the DSN cannot be read ({error}); write it as postgresql://user@host/database"
+        ) from error
     except psycopg.OperationalError as error:
         raise ConnectionFailed(f"cannot connect to {server_name(dsn)}: {_first_line(error)}") from error
     if lock_timeout_ms:

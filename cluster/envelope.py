@@ -85,21 +85,20 @@ def _decoded(line: str) -> Envelope | None:
         return None
 
 
-def encode_chunks(envelopes: Iterable[Envelope], *, bytes_max: int) -> tuple[list[str], list[int]]:
-    """Log entries for a page's successors: texts of lines, none above ``bytes_max`` unless one line is; and their line counts."""
+def encode_chunks(envelopes: Iterable[Envelope], *, bytes_max: int) -> tuple[str, list[int]]:
+    """Log entries for a page's successors: their lines, a form feed between entries, and how many lines each entry has.
+
+    No entry has more than ``bytes_max`` bytes, unless one line has.
+    """
     lines = [_encoder.encode(envelope) for envelope in envelopes]
     if sum(map(len, lines)) <= bytes_max:
-        return ([b"\n".join(lines).decode()], [len(lines)]) if lines else ([], [])
-    texts, counts = [], []
-    chunk: list[bytes] = []
+        return b"\n".join(lines).decode(), [len(lines)] if lines else []
+    chunks: list[list[bytes]] = [[]]
     size = 0
     for line in lines:
-        if chunk and size + len(line) > bytes_max:
-            texts.append(b"\n".join(chunk).decode())
-            counts.append(len(chunk))
-            chunk, size = [], 0
-        chunk.append(line)
+        if chunks[-1] and size + len(line) > bytes_max:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(line)
         size += len(line)
-    texts.append(b"\n".join(chunk).decode())
-    counts.append(len(chunk))
-    return texts, counts
+    return b"\f".join(map(b"\n".join, chunks)).decode(), list(map(len, chunks))

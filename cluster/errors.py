@@ -1,19 +1,19 @@
 """The one tree of errors, and the one place where SQLSTATEs become exceptions.
 
-    DurableError
-    ├── ConfigurationError        a setting, a name or an option that cannot be
-    │   └── AppError              the app module, a machine, a step or a handler's signature
-    ├── InputError                a value that does not fit its type or its limit (``path`` says where)
-    ├── UnknownWorkflow           no workflow with that id or key, or none that this code knows
-    ├── DatabaseError             the database cannot be used as it is
-    │   ├── NotInstalled          the schema is not there
-    │   ├── SchemaMismatch        another schema version, or another number of shards
-    │   ├── ConnectionFailed      the DSN refuses
-    │   └── EmbeddedError         the local Postgres
-    ├── BatchLost                 the page belongs to somebody else now: roll back, forget
-    ├── HandlerError              a step returned something that is no continuation
-    ├── WorkflowFailed            what ``result()`` raises for a failed workflow
-    └── ResultTimeout             ``result(timeout=…)`` ran out; the workflow goes on
+DurableError
+├── ConfigurationError        a setting, a name or an option that cannot be
+│   └── AppError              the app module, a machine, a step or a handler's signature
+├── InputError                a value that does not fit its type or its limit (``path`` says where)
+├── UnknownWorkflow           no workflow with that id or key, or none that this code knows
+├── DatabaseError             the database cannot be used as it is
+│   ├── NotInstalled          the schema is not there
+│   ├── SchemaMismatch        another schema version, or another number of shards
+│   ├── ConnectionFailed      the DSN refuses
+│   └── EmbeddedError         the local Postgres
+├── BatchLost                 the page belongs to somebody else now: roll back, forget
+├── HandlerError              a step returned something that is no continuation
+├── WorkflowFailed            what ``result()`` raises for a failed workflow
+└── ResultTimeout             ``result(timeout=…)`` ran out; the workflow goes on
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
-
 from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Done, Fail, Goto
 from durable_cluster.envelope import Envelope, encode
@@ -36,7 +35,9 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope) -> Task | Outco
     """The task for an envelope, or the failure of a workflow whose name or step this code does not know."""
     machine = machines.get(envelope.workflow)
     if machine is None:
-        return failure(envelope, f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}")
+        return failure(
+            envelope, f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}"
+        )
     step = machine.steps.get(envelope.step)
     if step is None:
         return failure(envelope, f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code")
@@ -70,14 +71,20 @@ def conclude(task: Task, returned: Continuation) -> Result:
     if type(returned) is Goto:
         state = _encoded(task, returned.state)
         return Envelope(
-            envelope.workflow_id, envelope.seq + 1, envelope.workflow, returned.step, task.machine.version, msgspec.Raw(state)
+            envelope.workflow_id,
+            envelope.seq + 1,
+            envelope.workflow,
+            returned.step,
+            task.machine.version,
+            msgspec.Raw(state),
         )
     if type(returned) is Done:
         return Outcome(envelope.workflow_id, "completed", _encoded(task, returned.output).decode())
     if type(returned) is Fail:
         return failure(envelope, str(returned.reason))
     raise HandlerError(
-        f"step '{envelope.step}' returned {type(returned).__name__}; return ctx.goto(step, state), ctx.done(output) or ctx.fail(reason)"
+        f"step '{envelope.step}' returned {type(returned).__name__};"
+        " return ctx.goto(step, state), ctx.done(output) or ctx.fail(reason)"
     )
 
 

@@ -15,15 +15,14 @@ from typing import Any
 
 import msgspec
 import psycopg
-from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
-from psycopg.pq import TransactionStatus
-
 from durable_cluster import executor, statements
 from durable_cluster.envelope import Envelope, Page, encode_chunks
-from durable_cluster.errors import BatchLost, HandlerError
+from durable_cluster.errors import HandlerError
 from durable_cluster.executor import Result, Task
 from durable_cluster.settings import Settings
 from durable_cluster.statements import Outcome
+from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
+from psycopg.pq import TransactionStatus
 
 logger = logging.getLogger("durable_cluster.handoff")
 
@@ -72,7 +71,9 @@ class Handoff:
                 self._hand_on(window, page, slots, begin, end)
             except Conflict as conflict:
                 self._group = max(1, int(self._group * GROUP_SHRINKS_TO))
-                logger.info("%s; again, %d transactional steps at a time", type(conflict.__cause__).__name__, self._group)
+                logger.info(
+                    "%s; again, %d transactional steps at a time", type(conflict.__cause__).__name__, self._group
+                )
                 time.sleep(random.uniform(0, CONFLICT_PAUSE_S_MAX))
                 continue
             except StepFailed as failure:
@@ -129,8 +130,14 @@ class Handoff:
             raise _failed(task, index, error) from error
         status = self._connection.info.transaction_status
         if status != TransactionStatus.INTRANS:
-            what = "its SQL failed and it went on" if status == TransactionStatus.INERROR else "it ended the transaction"
-            raise _failed(task, index, HandlerError(f"step '{task.step.name}': {what}; let the error pass, and never commit ctx.tx"))
+            what = (
+                "its SQL failed and it went on" if status == TransactionStatus.INERROR else "it ended the transaction"
+            )
+            raise _failed(
+                task,
+                index,
+                HandlerError(f"step '{task.step.name}': {what}; let the error pass, and never commit ctx.tx"),
+            )
         return result
 
     def _commit(self, window: Window, page: Page, results: list[Slot], begin: int, *, is_fenced: bool) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
-
 from durable_cluster import executor
 from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Result, Task
@@ -36,7 +35,9 @@ class PageDone(msgspec.Struct, frozen=True, kw_only=True):
 class PageRunner:
     """Runs the pages of one consumer on its one connection."""
 
-    def __init__(self, connection: psycopg.Connection[Any], machines: Mapping[str, Machine], settings: Settings) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], machines: Mapping[str, Machine], settings: Settings
+    ) -> None:
         self._machines = machines
         self._window_s = settings.page_window_ms / 1000
         self._handoff = Handoff(connection, settings)

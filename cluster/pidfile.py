@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
-
 from durable_cluster.errors import EmbeddedError
 
 PROC = Path("/proc")

@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import msgspec
-
 from durable_cluster import postmaster
 from durable_cluster.errors import EmbeddedError
 

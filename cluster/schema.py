@@ -6,11 +6,10 @@ from hashlib import sha256
 from typing import Any
 
 import psycopg
-from psycopg import sql
-
 from durable_cluster.errors import DatabaseError, NotInstalled, SchemaMismatch
 from durable_cluster.settings import checked_shards
 from durable_cluster.sql import DURABLE, ENGINE, MIGRATIONS, read
+from psycopg import sql
 
 DEFAULT_SHARDS = 8
 SERVER_VERSION_MIN = 150000
@@ -27,7 +26,9 @@ def install(connection: Connection, *, shards: int, with_roles: bool = True) -> 
     """
     checked_shards(shards)
     if connection.info.server_version < SERVER_VERSION_MIN:
-        raise DatabaseError(f"PostgreSQL {connection.info.parameter_status('server_version')} is too old; 15 or later is needed")
+        raise DatabaseError(
+            f"PostgreSQL {connection.info.parameter_status('server_version')} is too old; 15 or later is needed"
+        )
     with connection.transaction():
         connection.execute("select pg_advisory_xact_lock(%s)", (INSTALL_LOCK,))
         connection.execute("select set_config('client_min_messages', 'warning', true)")
@@ -104,7 +105,9 @@ def _migrate(connection: Connection) -> list[str]:
         )
         applied = {}
     if newer := [name for name in applied if name not in MIGRATIONS]:
-        raise SchemaMismatch(f"the database holds a newer schema ({newer[-1]}) than this version knows; upgrade durable-cluster")
+        raise SchemaMismatch(
+            f"the database holds a newer schema ({newer[-1]}) than this version knows; upgrade durable-cluster"
+        )
     ran = [name for name in MIGRATIONS if name not in applied]
     for name in ran:
         _execute(connection, "migrations", name)

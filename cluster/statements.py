@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import psycopg
-
 from durable_cluster.errors import translated
 
 Connection = psycopg.Connection[Any]
@@ -43,13 +42,12 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     owner_is_silent: bool
 
 
-def start(
-    tx: Connection, workflow: str, *, version: int, step: str, payload: str, key: str | None
-) -> tuple[str, bool]:
+def start(tx: Connection, workflow: str, *, version: int, step: str, payload: str, key: str | None) -> tuple[str, bool]:
     """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``."""
     with translated():
         row = tx.execute(
-            "select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s)", (workflow, version, step, payload, key)
+            "select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s)",
+            (workflow, version, step, payload, key),
         ).fetchone()
     assert row is not None
     return row[0], row[1]
@@ -162,11 +160,11 @@ def commit_page(
     done: str,
     next_cursor: str,
     is_last: bool,
-    steps: Sequence[str],
+    steps: str,
     counts: Sequence[int],
     outcomes: Sequence[Outcome],
 ) -> None:
-    """Phase 2's last statement; without ``is_fenced`` its only one. Raises BatchLost."""
+    """Phase 2's last statement; without ``is_fenced`` its only one. ``steps``, ``counts``: see ``encode_chunks``. Raises BatchLost."""
     function = "durable.commit_page" if is_fenced else "durable.commit_plain_page"
     ids = statuses = outputs = None
     if outcomes:
@@ -176,8 +174,8 @@ def commit_page(
     with translated():
         tx.execute(
             f"select {function}(%s::int, %s::bigint, %s::bigint, %s::durable.cursor, %s::durable.cursor, %s,"
-            " %s::text[], %s::int[], %s, %s, %s)",
-            (shard, batch, owner, done, next_cursor, is_last, list(steps), list(counts), ids, statuses, outputs),
+            " %s, %s::int[], %s, %s, %s)",
+            (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), ids, statuses, outputs),
         )
 
 

@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
+from durable_cluster.context import short_id
+from durable_cluster.envelope import Page
+from durable_cluster.errors import ConfigurationError
+from durable_cluster.settings import environment
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
-
-from durable_cluster.context import short_id
-from durable_cluster.envelope import Page
-from durable_cluster.errors import ConfigurationError
-from durable_cluster.settings import environment
 
 SAMPLED_OF_10_000 = 100
 LINKS_MAX = 100
@@ -60,7 +59,7 @@ def page_span(shard: int, page: Page) -> Iterator[None]:
         yield
         return
     tracer = trace.get_tracer("durable_cluster")
-    attributes = {
+    attributes: dict[str, str | int] = {
         "messaging.system": "pgque",
         "messaging.operation.type": "process",
         "messaging.destination.name": f"durable_{shard}",
@@ -81,7 +80,9 @@ def _links(page: Page) -> list[Link]:
         if envelope is None or not is_sampled(envelope.workflow_id):
             continue
         trace_id = trace_id_of(envelope.workflow_id)
-        context = SpanContext(trace_id, trace_id & (2**64 - 1) or 1, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+        context = SpanContext(
+            trace_id, trace_id & (2**64 - 1) or 1, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
+        )
         links.append(
             Link(
                 context,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-
 from durable_cluster.context import Context
 from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError

@@ -10,11 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocess.connection import Connection
 from types import FrameType
 
 import psycopg
-
 from durable_cluster import statements, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import connect
@@ -31,6 +29,7 @@ from durable_cluster.shards.messages import (
     decode_to_child,
     encode,
 )
+from multiprocess.connection import Connection
 
 logger = logging.getLogger("durable_cluster.child")
 

@@ -10,9 +10,8 @@ import logging
 from typing import Any
 
 import psycopg
-from psycopg.errors import LockNotAvailable
-
 from durable_cluster import statements
+from psycopg.errors import LockNotAvailable
 
 logger = logging.getLogger("durable_cluster.maintenance")
 

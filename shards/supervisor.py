@@ -10,6 +10,7 @@ later is started again, with backoff and a limit. While a shard has no consumer 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import resource
@@ -19,17 +20,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import multiprocess
 import psycopg
-from multiprocess.connection import wait
-
 from durable_cluster import schema, statements
 from durable_cluster.database import connect
-from durable_cluster.errors import ConnectionFailed, DatabaseError, DurableError
+from durable_cluster.errors import ConnectionFailed, DurableError
 from durable_cluster.shards import child, restarts
 from durable_cluster.shards.messages import Adopt, Beat, Broken, ClusterConfig, Ready, Release, encode
 from durable_cluster.shards.process import Child
+from multiprocess.connection import wait
 
 logger = logging.getLogger("durable_cluster.supervisor")
 
@@ -152,10 +153,8 @@ class Supervisor:
                 waitables += place.child.waitables
         due = [place.start_at - time.monotonic() for place in self._places if place.child is None and not self._signals]
         wait(waitables, timeout=max(0.0, min([LOOP_S_MAX, *due])))
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._wakeup_read.recv(64)
-        except BlockingIOError:
-            pass
         for place in self._places:
             if place.child is not None:
                 self._hear(place)
@@ -170,9 +169,7 @@ class Supervisor:
     def _start_due(self, now: float) -> None:
         for place in self._places:
             if place.child is None and place.start_at <= now:
-                place.child = Child(
-                    self._context, child.main, self._config_bytes, name=place.name, shard=place.shard
-                )
+                place.child = Child(self._context, child.main, self._config_bytes, name=place.name, shard=place.shard)
                 place.is_ready = place.is_holding = False
                 place.heard_at = now
 
@@ -276,7 +273,9 @@ class Supervisor:
         if now < self._heartbeat_at:
             return
         self._heartbeat_at = now + self._settings.dead_interval_s / 4
-        holders = [owner for place in self._places if place.child is not None and place.is_holding for owner in place.owners]
+        holders = [
+            owner for place in self._places if place.child is not None and place.is_holding for owner in place.owners
+        ]
         if holders:
             self._ask(lambda: statements.heartbeat(self._connection, holders))
 
@@ -303,7 +302,7 @@ class Supervisor:
                 self._connection.close()
             return False
 
-    def _take_signals(self) -> dict[int, object]:
+    def _take_signals(self) -> dict[int, Any]:
         def note(number: int, frame: FrameType | None) -> None:
             self._signals += 1
 

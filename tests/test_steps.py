@@ -38,7 +38,9 @@ def app(dsn: str, conn: psycopg.Connection) -> App:
     return counting(dsn)
 
 
-def test_a_workflow_goes_through_plain_awaited_and_transactional_steps_to_its_result(app: App, conn: psycopg.Connection) -> None:
+def test_a_workflow_goes_through_plain_awaited_and_transactional_steps_to_its_result(
+    app: App, conn: psycopg.Connection
+) -> None:
     handle = app.workflow("count").start(Count(0))
     assert handle.status() == "running"
     assert app.run(until_idle=True) == 10

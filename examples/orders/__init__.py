@@ -1,0 +1,1 @@
+"""Order fulfilment on the Northwind orders: ``flows`` is the example to read, ``northwind`` its data."""

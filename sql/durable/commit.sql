@@ -19,12 +19,13 @@ $$;
 -- durable.commit_page(…): all that a page did, after durable.fence in the same transaction.
 --   i_done, i_next   the cursor where the page began, and where it ends
 --   i_is_last        whether the window ends with this page: then the engine's batch is finished, and must answer 1
---   i_steps, i_counts  successors: texts of JSON lines (one a log entry) and how many lines each has
+--   i_steps, i_counts  successors: JSON lines, a form feed between log entries, and how many lines each entry has.
+--     One text, because an array's elements are quoted and unquoted by regular expressions on the way.
 --   i_ids, i_statuses, i_outputs  terminal records, one a line each, or null
 -- Tables: the shard's log (one row a text), finished (one row a terminal record), win (one row changed or deleted).
 create or replace function durable.commit_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
-    i_steps text[], i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
+    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
 returns void
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
@@ -35,9 +36,12 @@ begin
             i_batch using errcode = 'DC001';
     end if;
     perform set_config('durable.fenced', '', true);
-    for n in 1 .. cardinality(i_steps) loop
-        perform durable.append(i_shard, i_steps[n], i_counts[n]);
-    end loop;
+    if cardinality(i_counts) = 1 then
+        perform durable.append(i_shard, i_steps, i_counts[1]);
+    else
+        perform durable.append(i_shard, c.lines, i_counts[c.n])
+        from string_to_table(i_steps, E'\f') with ordinality c(lines, n) where cardinality(i_counts) > 1;
+    end if;
     if i_ids is not null then
         insert into durable.finished (id, day, status, output, at)
         select q.id::uuid, durable.day_of(q.id::uuid), q.status, q.output, durable.now()
@@ -58,7 +62,7 @@ $$;
 -- durable.commit_plain_page(…): fence and commit in one call, for a page without transactional steps.
 create or replace function durable.commit_plain_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
-    i_steps text[], i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
+    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
 returns void
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp

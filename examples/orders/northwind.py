@@ -1,0 +1,92 @@
+"""The Northwind files as orders, what these add up to, and the shop's tables with the opening stock."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from decimal import Decimal
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+import psycopg
+
+from durable_cluster.examples.orders.flows import Line, Order
+
+PREPARE_LOCK = 0x6F72_6465_7273  # "orders": one at a time makes the tables
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What some orders come to. ``gross`` and ``net`` are exact."""
+
+    orders: int
+    lines: int
+    units: int
+    gross: Decimal
+    net: Decimal
+
+
+def orders() -> list[Order]:
+    """The 830 orders, by number; ``ref`` is the number."""
+    lines: dict[str, list[Line]] = {}
+    for row in _rows("order_details"):
+        line = Line(
+            product_id=int(row["product_id"]),
+            unit_price=Decimal(row["unit_price"]),
+            quantity=int(row["quantity"]),
+            discount=Decimal(row["discount"]),
+        )
+        lines.setdefault(row["order_id"], []).append(line)
+    return [
+        Order(
+            ref=row["order_id"],
+            customer_id=row["customer_id"],
+            shipper_id=int(row["ship_via"]),
+            country=row["ship_country"],
+            lines=lines[row["order_id"]],
+        )
+        for row in _rows("orders")
+    ]
+
+
+def copies(times: int) -> Iterator[Order]:
+    """Every order ``times`` times, under refs like 10248-001."""
+    originals = orders()
+    for copy in range(1, times + 1):
+        for original in originals:
+            yield msgspec.structs.replace(original, ref=f"{original.ref}-{copy:03}")
+
+
+def figures(of: list[Order], *, times: int = 1) -> Figures:
+    """What ``times`` copies of these orders come to."""
+    lines = [line for order in of for line in order.lines]
+    return Figures(
+        orders=len(of) * times,
+        lines=len(lines) * times,
+        units=sum(line.quantity for line in lines) * times,
+        gross=sum((line.gross for line in lines), Decimal(0)) * times,
+        net=sum((line.net for line in lines), Decimal(0)) * times,
+    )
+
+
+def prepare(connection: psycopg.Connection[Any]) -> None:
+    """Make the shop's tables and its opening stock, in one transaction; what is there stays as it is."""
+    products = list(_rows("products"))
+    with connection.transaction():
+        connection.execute("select pg_advisory_xact_lock(%s)", (PREPARE_LOCK,))
+        connection.execute("select set_config('client_min_messages', 'warning', true)")
+        connection.execute((files(__package__) / "tables.sql").read_bytes())
+        connection.execute(
+            "insert into orders.stock (product_id, name, opening, on_hand)"
+            " select i, n, u, u from unnest(%s::int[], %s::text[], %s::int[]) p(i, n, u) on conflict do nothing",
+            (
+                [int(row["product_id"]) for row in products],
+                [row["product_name"] for row in products],
+                [int(row["units_in_stock"]) for row in products],
+            ),
+        )
+
+
+def _rows(name: str) -> Iterator[dict[str, str]]:
+    with (files(__package__) / "data" / f"{name}.csv").open("r", encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
