@@ -45,8 +45,9 @@ class Machine:
         """Make a function a step of this machine; it stays the plain function that it is.
 
         The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns
-        ``ctx.goto(step, state)``, ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here. ``transactional``: runs inside the
-        transaction that hands the workflow on, with ``ctx.tx``. Raises AppError for a signature that cannot be called.
+        ``ctx.goto(step, state)``, ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here.
+        ``transactional``: it runs inside the transaction that hands the workflow on, with ``ctx.tx``. Raises AppError
+        for a signature that cannot be called.
         """
 
         def register(function: F) -> F:
@@ -126,7 +127,7 @@ class Machine:
 class App:
     """The machines of one program, and the database they live in.
 
-    ``dsn``: argument, else ``DURABLE_DSN``, else a local Postgres under ``data`` (``./.durable``) that is started when it is needed.
+    ``dsn``: argument, else ``DURABLE_DSN``, else a local Postgres under ``data`` (``./.durable``), started when it is needed.
     """
 
     def __init__(

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from durable_cluster import statements, telemetry
-from durable_cluster.database import connect
+from durable_cluster.database import connect_worker
 from durable_cluster.envelope import decode_page
 from durable_cluster.errors import BatchLost
-from durable_cluster.handoff import Window
+from durable_cluster.handoff import NOBODYS_FAULT, Window
 from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
 
@@ -44,9 +44,7 @@ class Consumer:
         self._machines = machines
         self._settings = settings
         self._dead = timedelta(seconds=settings.dead_interval_s)
-        self._connection = connect(
-            dsn, name=f"durable-cluster shard {shard} starting", lock_timeout_ms=settings.lock_timeout_ms
-        )
+        self._connection = connect_worker(dsn, name=f"durable-cluster shard {shard} starting", settings=settings)
         self._pages = PageRunner(self._connection, machines, settings)
         self._joined: list[int] = []
         self._listening: set[int] = set()
@@ -145,6 +143,9 @@ class Consumer:
         except BatchLost as lost:
             logger.warning("shard %d: %s", shard, lost)
             self.reincarnate()
+            return True
+        except NOBODYS_FAULT as conflict:
+            logger.info("shard %d: %s; the page is read again", shard, type(conflict).__name__)
             return True
         return has_work
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import psycopg
 from durable_cluster.errors import ConfigurationError, ConnectionFailed
+from durable_cluster.settings import Settings
 from psycopg.conninfo import conninfo_to_dict
 
 CONNECT_TIMEOUT_S = 10
+IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL = 0.8
 
 
 def server_name(dsn: str) -> str:
@@ -17,14 +19,17 @@ def server_name(dsn: str) -> str:
     return f"{known.get('host') or 'localhost'}:{known.get('port') or 5432}/{known.get('dbname') or known.get('user') or ''}"
 
 
-def connect(dsn: str, *, name: str, lock_timeout_ms: int = 0) -> psycopg.Connection[Any]:
-    """An autocommit connection called ``name`` in pg_stat_activity. Raises ConnectionFailed or ConfigurationError.
-
-    Settings are made by SET rather than by start-up options, which poolers drop.
-    """
+def connect(dsn: str, *, name: str) -> psycopg.Connection[Any]:
+    """An autocommit connection called ``name`` in pg_stat_activity. Raises ConnectionFailed or ConfigurationError."""
     try:
-        connection = psycopg.connect(
-            dsn, autocommit=True, application_name=name, connect_timeout=CONNECT_TIMEOUT_S, keepalives_idle=10
+        return psycopg.connect(
+            dsn,
+            autocommit=True,
+            application_name=name,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            keepalives_idle=10,
+            keepalives_interval=5,
+            keepalives_count=3,
         )
     except psycopg.ProgrammingError as error:
         raise ConfigurationError(
@@ -32,12 +37,21 @@ def connect(dsn: str, *, name: str, lock_timeout_ms: int = 0) -> psycopg.Connect
         ) from error
     except psycopg.OperationalError as error:
         raise ConnectionFailed(f"cannot connect to {server_name(dsn)}: {_first_line(error)}") from error
-    if lock_timeout_ms:
-        connection.execute(
-            "select set_config('lock_timeout', %s, false), set_config('jit', 'off', false),"
-            " set_config('default_transaction_isolation', 'read committed', false)",
-            (str(lock_timeout_ms),),
-        )
+
+
+def connect_worker(dsn: str, *, name: str, settings: Settings) -> psycopg.Connection[Any]:
+    """As ``connect``, for processes whose transactions must not hold others up.
+
+    A transaction that sits idle ends before its window would be taken over; a lock that is not had in time is an error.
+    Settings are made by SET rather than by start-up options, which poolers drop.
+    """
+    connection = connect(dsn, name=name)
+    idle_ms = int(settings.dead_interval_s * 1000 * IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL)
+    connection.execute(
+        "select set_config('lock_timeout', %s, false), set_config('idle_in_transaction_session_timeout', %s, false),"
+        " set_config('jit', 'off', false), set_config('default_transaction_isolation', 'read committed', false)",
+        (str(settings.lock_timeout_ms), str(idle_ms)),
+    )
     return connection
 
 

@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from durable_cluster import schema
+from durable_cluster import schema, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import connect
 
@@ -26,6 +26,7 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
     def is_over() -> bool:
         return stop_at is not None and time.monotonic() >= stop_at
 
+    tracing = telemetry.configure("run")
     consumer = Consumer(dsn, 0, app.machines, app.settings)
     consumer.shards = list(range(shards))
     try:
@@ -40,3 +41,5 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
         return consumer.steps
     finally:
         consumer.close()
+        if tracing is not None:
+            tracing.shutdown()

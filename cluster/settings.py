@@ -41,7 +41,6 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     data: Path
     pg_bin: Path | None
     otlp_endpoint: str | None
-    failpoint: str | None
 
 
 def environment() -> Environment:
@@ -54,7 +53,6 @@ def environment() -> Environment:
         otlp_endpoint=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
         or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
         or None,
-        failpoint=os.environ.get("DURABLE_FAILPOINT") or None,
     )
 
 

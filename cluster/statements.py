@@ -164,7 +164,10 @@ def commit_page(
     counts: Sequence[int],
     outcomes: Sequence[Outcome],
 ) -> None:
-    """Phase 2's last statement; without ``is_fenced`` its only one. ``steps``, ``counts``: see ``encode_chunks``. Raises BatchLost."""
+    """Phase 2's last statement; without ``is_fenced`` its only one. Raises BatchLost.
+
+    ``steps``, ``counts``: see ``envelope.encode_chunks``.
+    """
     function = "durable.commit_page" if is_fenced else "durable.commit_plain_page"
     ids = statuses = outputs = None
     if outcomes:

@@ -38,7 +38,7 @@ def configure(role: str) -> TracerProvider | None:
         ) from error
     provider = TracerProvider(resource=Resource.create({"service.name": "durable-cluster", "durable.role": role}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    trace.set_tracer_provider(provider)
+    trace.set_tracer_provider(provider)  # once a process: a program that has set one of its own keeps it
     return provider
 
 

@@ -15,10 +15,10 @@ from types import FrameType
 import psycopg
 from durable_cluster import statements, telemetry
 from durable_cluster.consumer import Consumer
-from durable_cluster.database import connect
+from durable_cluster.database import connect_worker
 from durable_cluster.errors import ConnectionFailed, DurableError
 from durable_cluster.loading import load_app
-from durable_cluster.shards import maintenance
+from durable_cluster.shards import maintenance, restarts
 from durable_cluster.shards.messages import (
     Adopt,
     Beat,
@@ -36,6 +36,7 @@ logger = logging.getLogger("durable_cluster.child")
 EXIT_CANNOT_BOOT = 3
 RECONNECT_S_MIN = 0.1
 RECONNECT_S_MAX = 5.0
+LOSSES_WINDOW_S = 60.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -115,11 +116,15 @@ def _consumer(config: ClusterConfig, shard: int, orders: Orders) -> Callable[[],
 
     def run() -> None:
         current = consumer
+        losses: list[float] = []
         while not orders.is_stopping:
             try:
                 _consume(current, config, orders)
             except psycopg.OperationalError as error:
-                logger.warning("shard %d: the connection is gone (%s); connecting again", shard, _first_line(error))
+                losses = [*restarts.recent(losses, now=time.monotonic(), window_s=LOSSES_WINDOW_S), time.monotonic()]
+                pause_s = restarts.pause_s(len(losses), chance=random.random())
+                logger.warning("shard %d: %s; a new connection in %.1f s", shard, _first_line(error), pause_s)
+                orders.pipe.poll(pause_s)
                 current = _reconnected(current, config, orders)
         _hand_back(current)
 
@@ -184,9 +189,7 @@ def _hand_back(consumer: Consumer) -> None:
 
 
 def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
-    connection = connect(
-        config.dsn, name="durable-cluster maintenance", lock_timeout_ms=config.settings.lock_timeout_ms
-    )
+    connection = connect_worker(config.dsn, name="durable-cluster maintenance", settings=config.settings)
     orders.say(Ready(0))
 
     def run() -> None:
@@ -194,9 +197,7 @@ def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
         while not orders.is_stopping:
             try:
                 if current.closed:
-                    current = connect(
-                        config.dsn, name="durable-cluster maintenance", lock_timeout_ms=config.settings.lock_timeout_ms
-                    )
+                    current = connect_worker(config.dsn, name="durable-cluster maintenance", settings=config.settings)
                 maintenance.run_once(current)
             except (ConnectionFailed, psycopg.OperationalError) as error:
                 logger.info("maintenance: %s; trying again", _first_line(error))

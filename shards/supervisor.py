@@ -18,6 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,12 +26,13 @@ from typing import Any
 import multiprocess
 import psycopg
 from durable_cluster import schema, statements
-from durable_cluster.database import connect
+from durable_cluster.database import connect_worker
 from durable_cluster.errors import ConnectionFailed, DurableError
 from durable_cluster.shards import child, restarts
 from durable_cluster.shards.messages import Adopt, Beat, Broken, ClusterConfig, Ready, Release, encode
 from durable_cluster.shards.process import Child
 from multiprocess.connection import wait
+from psycopg.errors import LockNotAvailable
 
 logger = logging.getLogger("durable_cluster.supervisor")
 
@@ -73,7 +75,7 @@ class Supervisor:
         self._settings = config.settings
         self._config_bytes = encode(config)
         self._context = multiprocess.get_context("spawn")
-        self._connection = connect(config.dsn, name="durable-cluster supervisor")
+        self._connection = connect_worker(config.dsn, name="durable-cluster supervisor", settings=config.settings)
         schema.demand_installed(self._connection, shards=config.shards)
         self._places = [
             Place(f"shard-{shard}" if config.consumers_per_shard == 1 else f"shard-{shard}.{number}", shard)
@@ -273,29 +275,30 @@ class Supervisor:
         if now < self._heartbeat_at:
             return
         self._heartbeat_at = now + self._settings.dead_interval_s / 4
-        holders = [
-            owner for place in self._places if place.child is not None and place.is_holding for owner in place.owners
-        ]
-        if holders:
-            self._ask(lambda: statements.heartbeat(self._connection, holders))
+        living = [owner for place in self._places if place.child is not None for owner in place.owners]
+        self._ask(partial(statements.heartbeat, owners=living))
 
     def _flush_abandoned(self) -> None:
-        while self._to_abandon:
-            owner = self._to_abandon[0]
-            if not self._ask(lambda owner=owner: statements.abandon(self._connection, owner)):  # type: ignore[misc]
-                return
-            self._to_abandon.pop(0)
+        """Set the windows of dead owners free; whoever still holds such a row is asked about again in the next round."""
+        owners, self._to_abandon = self._to_abandon, []
+        for owner in owners:
+            if not self._ask(partial(statements.abandon, owner=owner)):
+                self._to_abandon.append(owner)
 
-    def _ask(self, question: Callable[[], object]) -> bool:
+    def _ask(self, question: Callable[[psycopg.Connection[Any]], object]) -> bool:
         """Run a statement; whether it went through. A lost connection is opened again, at most once a second."""
         try:
             if self._connection.closed or self._connection.broken:
                 if time.monotonic() < self._reconnect_at:
                     return False
                 self._reconnect_at = time.monotonic() + RECONNECT_S
-                self._connection = connect(self.config.dsn, name="durable-cluster supervisor")
-            question()
+                self._connection = connect_worker(
+                    self.config.dsn, name="durable-cluster supervisor", settings=self._settings
+                )
+            question(self._connection)
             return True
+        except LockNotAvailable:
+            return False
         except (ConnectionFailed, psycopg.OperationalError) as error:
             logger.info("the supervisor's statement failed (%s); trying again", type(error).__name__)
             if not self._connection.closed:

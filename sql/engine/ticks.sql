@@ -57,23 +57,49 @@ begin
   return tick_id;
 end $$;
 
+-- pgque.has_unread_events(queue_id, s0) -> boolean; internal
+-- Result: whether anything that s0 does not see is committed. Tables: the event tables that can hold it (read).
+create or replace function pgque.has_unread_events(queue_id int, s0 pg_snapshot) returns boolean
+language plpgsql set search_path = pg_catalog, pgque, pg_temp
+as $$
+declare
+  v_table text;
+  v_found boolean := false;
+begin
+  foreach v_table in array pgque.event_tables(queue_id, s0) loop
+    execute format('select exists (select from %1$s e where e.ev_txid >= pg_snapshot_xmax($1))
+                        or exists (select from %1$s e where e.ev_txid = any(array(select pg_snapshot_xip($1))))', v_table)
+       into v_found using s0;
+    exit when v_found;
+  end loop;
+  return v_found;
+end $$;
+
 -- pgque.tick_is_due(queue_id) -> boolean; internal
 -- Due when max_count events are new, when any are new and max_lag has passed, when idle_period has passed.
--- Tables: queue, tick (read).
--- Hazard: a clock stepped back must not stop ticks: time that has run backwards counts as having passed.
+-- Tables: queue, tick, and once max_lag has passed the event tables (read).
+-- Hazards: a clock stepped back must not stop ticks: time that has run backwards counts as having passed. And an event that
+-- was numbered before the last tick but committed after it is not new by its number: it is looked for, or it would wait for
+-- the idle period.
 create or replace function pgque.tick_is_due(queue_id int) returns boolean
-language sql volatile set search_path = pg_catalog, pgque, pg_temp
+language plpgsql set search_path = pg_catalog, pgque, pg_temp
 as $$
-  select new_events >= q.queue_ticker_max_count
-      or (new_events > 0 and (elapsed >= q.queue_ticker_max_lag or elapsed < interval '0'))
-      or elapsed >= q.queue_ticker_idle_period or elapsed < interval '0'
-    from pgque.queue q,
-         lateral (select t.tick_time, t.tick_event_seq from pgque.tick t
-                   where t.tick_queue = q.queue_id order by t.tick_id desc limit 1) last,
-         lateral (select clock_timestamp() - last.tick_time as elapsed,
-                         coalesce(pg_sequence_last_value(q.queue_event_seq::regclass), 0) - last.tick_event_seq as new_events) now
-   where q.queue_id = $1
-$$;
+declare
+  v_queue pgque.queue;
+  v_last pgque.tick;
+  v_elapsed interval;
+  v_new_events bigint;
+begin
+  select q.* into v_queue from pgque.queue q where q.queue_id = tick_is_due.queue_id;
+  select t.* into v_last from pgque.tick t where t.tick_queue = tick_is_due.queue_id order by t.tick_id desc limit 1;
+  v_elapsed := clock_timestamp() - v_last.tick_time;
+  v_new_events := coalesce(pg_sequence_last_value(v_queue.queue_event_seq::regclass), 0) - v_last.tick_event_seq;
+  if v_new_events >= v_queue.queue_ticker_max_count or v_elapsed >= v_queue.queue_ticker_idle_period or v_elapsed < interval '0' then
+    return true;
+  end if;
+  return v_elapsed >= v_queue.queue_ticker_max_lag
+         and (v_new_events > 0 or pgque.has_unread_events(v_queue.queue_id, v_last.tick_snapshot));
+end $$;
 
 -- pgque.ticker(queue) -> bigint
 -- Result: the id of the tick it made, null where none is due. Raises for a paused queue and one with an external ticker.
