@@ -235,14 +235,14 @@ def add_partitions(connection: Connection) -> int:
     return _count(connection, "select durable.add_partitions()")
 
 
-def needs_rotation(connection: Connection) -> bool:
-    """Whether a log's rotation is due, or half done."""
-    return _is_true(connection, "select durable.needs_rotation()")
+def needs_upkeep(connection: Connection) -> bool:
+    """Whether a log is due for rotation, or half rotated, or has ticks to trim."""
+    return _is_true(connection, "select durable.needs_upkeep()")
 
 
-def rotate(connection: Connection) -> int:
-    """Both steps of rotation for every queue, each in its own transaction; what the engine counts."""
-    return _count(connection, "select durable.rotate()") + _count(connection, "select durable.finish_rotation()")
+def keep_up(connection: Connection) -> int:
+    """Rotation in its two steps, each in its own transaction, and trimming; what the engine counts."""
+    return _count(connection, "select durable.keep_up()") + _count(connection, "select durable.finish_rotation()")
 
 
 def has_dead_members(connection: Connection) -> bool:

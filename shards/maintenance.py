@@ -20,7 +20,7 @@ def run_once(connection: psycopg.Connection[Any]) -> None:
     """Do what is due. A lock that somebody holds is no error: the next round tries again."""
     for is_due, act in (
         (statements.needs_partitions, statements.add_partitions),
-        (statements.needs_rotation, statements.rotate),
+        (statements.needs_upkeep, statements.keep_up),
         (statements.has_dead_members, statements.sweep_members),
     ):
         try:

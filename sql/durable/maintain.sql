@@ -27,9 +27,10 @@ create or replace function durable.needs_partitions() returns boolean
 language sql stable
 as $$ select to_regclass('durable.finished_' || (durable.today() + 7)) is null $$;
 
--- durable.needs_rotation(): a read that tells whether rotation may have something to do: a queue in between its two steps, or one
--- whose period is over and whose tables hold anything. An idle log is rotated until it is empty, and then left alone.
-create or replace function durable.needs_rotation() returns boolean
+-- durable.needs_upkeep(): a read that tells whether the engine's upkeep has something to do: a queue in between the two steps of
+-- its rotation; one whose period is over and whose tables hold anything (an idle log is rotated until it is empty, and then left
+-- alone); one with more than 10,000 ticks to trim.
+create or replace function durable.needs_upkeep() returns boolean
 language sql stable
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -38,7 +39,9 @@ as $$
         where q.queue_switch_step2 is null
             or (q.queue_switch_time + q.queue_rotation_period < clock_timestamp()
                 and exists (select 1 from generate_series(0, q.queue_ntables - 1) n
-                            where pg_relation_size((q.queue_data_pfx || '_' || n)::regclass) > 0)))
+                            where pg_relation_size((q.queue_data_pfx || '_' || n)::regclass) > 0))
+            or (select t.tick_id from pgque.tick t where t.tick_queue = q.queue_id order by t.tick_id desc limit 1)
+                - (select t.tick_id from pgque.tick t where t.tick_queue = q.queue_id order by t.tick_id limit 1) > 10000)
 $$;
 
 -- durable.try_maintenance(what): whether this transaction may do it: one host at a time, nobody waits.
@@ -46,8 +49,8 @@ create or replace function durable.try_maintenance(i_what text) returns boolean
 language sql volatile
 as $$ select pg_try_advisory_xact_lock(hashtextextended('durable ' || i_what, 0)) $$;
 
--- durable.rotate(), durable.finish_rotation(): the engine's two steps, each in its own transaction, before them the idle shards.
-create or replace function durable.rotate() returns int
+-- durable.keep_up(), durable.finish_rotation(): the engine's upkeep, each in its own transaction; before it the idle shards.
+create or replace function durable.keep_up() returns int
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -95,6 +98,7 @@ begin
     from (select k.tick_id, k.tick_event_seq from pgque.tick k where k.tick_queue = v_shard.queue_id
           order by k.tick_id desc limit 1) t;
     -- What was committed between the look and the tick is in this window: then it stays open, silent, for a consumer.
+    perform durable.join_shard(i_shard, 'maintenance');
     v_batch := pgque.next_batch(v_shard.queue, durable.consumer_of(i_shard), 'maintenance');
     if v_batch is null then
         return;

@@ -1,0 +1,77 @@
+"""Maintenance: rotation under work, an idle log emptied and then left alone, names of the dead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psycopg
+from durable_cluster import App, Context, Continuation, statements
+from durable_cluster.shards import maintenance
+
+
+def hopping(dsn: str) -> App:
+    app = App("hopping", dsn=dsn)
+    machine = app.machine("hop", state=int)
+
+    @machine.step(start=True)
+    def hop(ctx: Context, left: int) -> Continuation:
+        return ctx.goto(hop, left - 1) if left else ctx.done("there")
+
+    return app
+
+
+def log_bytes(conn: psycopg.Connection) -> int:
+    row = conn.execute(
+        "select sum(pg_relation_size((q.queue_data_pfx || '_' || n)::regclass)) from pgque.queue q, generate_series(0, 2) n"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_rotation_between_pages_loses_nothing_and_keeps_the_log_small(dsn: str, conn: psycopg.Connection) -> None:
+    conn.execute("update pgque.queue set queue_rotation_period = '0'")
+    app = hopping(dsn)
+    handles = app.workflow("hop").start_many([n % 20 for n in range(200)])
+    largest = 0
+    while any(handle.status() == "running" for handle in handles):
+        app.run(timeout=0.02)
+        maintenance.run_once(conn)
+        largest = max(largest, log_bytes(conn))
+    assert {handle.result(timeout=1) for handle in handles} == {"there"}
+    rotations = conn.execute("select sum(queue_rotations) from pgque.queue").fetchone()
+    assert rotations is not None and rotations[0] > 3
+    assert largest < 1 << 20
+
+
+def test_an_idle_log_is_emptied_and_then_left_alone(
+    dsn: str, conn: psycopg.Connection, eventually: Callable[..., None]
+) -> None:
+    app = hopping(dsn)
+    app.workflow("hop").start(5)
+    app.run(until_idle=True)
+    conn.execute("update pgque.queue set queue_rotation_period = '0'")
+
+    def is_empty() -> bool:
+        maintenance.run_once(conn)
+        app.run(until_idle=True)  # the empty window that maintenance opened on an idle shard
+        return log_bytes(conn) == 0
+
+    eventually(is_empty, what="the log emptied by rotation")
+    maintenance.run_once(conn)
+    assert not statements.needs_upkeep(conn)
+
+
+def test_a_reader_whose_process_is_gone_loses_its_name(dsn: str, conn: psycopg.Connection) -> None:
+    statements.join_shard(conn, 0, "cdead")
+    assert not statements.has_dead_members(conn)
+    conn.execute("update pgque.subscription set sub_active = now() - interval '1 hour' where sub_role = 'coop_member'")
+    maintenance.run_once(conn)
+    assert conn.execute("select from pgque.consumer where co_name = 'durable_0.cdead'").fetchone() is None
+
+
+def test_partitions_are_made_ahead_and_a_second_round_finds_nothing_to_do(dsn: str, conn: psycopg.Connection) -> None:
+    assert not statements.needs_partitions(conn)
+    conn.execute("do $$ begin execute format('drop table durable.finished_%s', durable.today() + 7); end $$")
+    assert statements.needs_partitions(conn)
+    maintenance.run_once(conn)
+    assert not statements.needs_partitions(conn)
