@@ -14,7 +14,15 @@ from psycopg import sql
 DEFAULT_SHARDS = 8
 SERVER_VERSION_MIN = 150000
 INSTALL_LOCK = 0x6475_7261_626C_6500  # "durable": one installer at a time
-ROLES = ("pgque_reader", "pgque_writer", "pgque_admin")
+ROLES = (
+    "pgque_reader",
+    "pgque_writer",
+    "pgque_admin",
+    "durable_client",
+    "durable_worker",
+    "durable_operator",
+    "durable_viewer",
+)
 
 Connection = psycopg.Connection[Any]
 

@@ -25,7 +25,7 @@ $$;
 -- durable.probe(shard, dead): whether a claim would find work; with an interval, a window silent for longer counts, which costs
 -- a walk over the window rows. No lock, no write, no transaction id.
 create or replace function durable.probe(i_shard int, i_dead interval default null) returns boolean
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
@@ -46,7 +46,7 @@ $$;
 -- Nothing is appended after the tick's snapshot. Tables: win (one row), tick and batch in the engine.
 create or replace function durable.claim(i_shard int, i_member text, i_owner bigint, i_lines int, i_bytes int, i_dead interval default null)
 returns text
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
@@ -99,20 +99,22 @@ $$;
 
 -- durable.join_shard(shard, member), durable.leave_shard(shard, member): registration, outside the path (it locks names globally).
 create or replace function durable.join_shard(i_shard int, i_member text) returns void
-language sql
+language sql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$ select pgque.register_subconsumer(durable.queue_of(i_shard), durable.consumer_of(i_shard), i_member, true) $$;
 
 create or replace function durable.leave_shard(i_shard int, i_member text) returns void
-language sql
+language sql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$ select pgque.unregister_subconsumer(durable.queue_of(i_shard), durable.consumer_of(i_shard), i_member) $$;
 
 -- durable.fall_asleep(shard), durable.wake_up(shard): the mark that makes appenders notify. Written on the change only.
 create or replace function durable.fall_asleep(i_shard int) returns void
-language sql
+language sql security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$ insert into durable.idle (shard) values (i_shard) on conflict do nothing $$;
 
 create or replace function durable.wake_up(i_shard int) returns void
-language sql
+language sql security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$ delete from durable.idle i where i.shard = i_shard $$;

@@ -3,7 +3,7 @@
 -- code takes the mark away, and durable.commit_page refuses.
 -- Asked with for update: a plain read of "is it mine?" beside a commit in flight gave two sets of successors.
 create or replace function durable.fence(i_batch bigint, i_owner bigint, i_done durable.cursor) returns void
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
@@ -27,7 +27,7 @@ create or replace function durable.commit_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
     i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
 returns void
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
@@ -67,7 +67,7 @@ create or replace function durable.commit_plain_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
     i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
 returns void
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin

@@ -1,4 +1,42 @@
--- Default deny. Roles are made by init unless it is told not to; without them only the owner of the schema can use it.
+-- Default deny, then four roles; the owner is whoever installed.
+--   durable_client    starts workflows and reads the outcome of those whose ids it holds
+--   durable_worker    runs a cluster's processes: everything but the layout
+--   durable_operator  sees where workflows stand and sets the windows of dead processes free; no payloads
+--   durable_viewer    sees lists and totals, ids truncated
+-- With durable.no_roles = 'on' (an installer that may not create roles) only the denial is done.
 revoke all on schema durable from public;
 revoke all on all tables in schema durable from public;
 revoke execute on all functions in schema durable from public;
+
+do $$
+declare
+    v_role text;
+begin
+    if current_setting('durable.no_roles', true) = 'on' then
+        return;
+    end if;
+    foreach v_role in array array['durable_client', 'durable_worker', 'durable_operator', 'durable_viewer'] loop
+        if to_regrole(v_role) is null then
+            begin
+                execute format('create role %I', v_role);
+            exception when duplicate_object or unique_violation then
+                null;  -- roles are shared by all databases: another installation made it at the same moment
+            end;
+        end if;
+        execute format('grant usage on schema durable to %I', v_role);
+        execute format('grant select on durable.cluster, durable.migration to %I', v_role);
+        execute format('grant execute on function durable.hex(uuid), durable.short(uuid) to %I', v_role);
+    end loop;
+
+    grant execute on function durable.start(text, int, text, text, text), durable.start_many(text, int, text, text, text),
+        durable.find(text, text), durable.state_of(uuid), durable.outcome(uuid) to durable_client;
+
+    grant execute on all functions in schema durable to durable_worker;
+    revoke execute on function durable.lay_out(int) from durable_worker;
+
+    grant execute on function durable.list(text, text, int, timestamptz), durable.totals(), durable.shard_status(),
+        durable.row_changes() to durable_viewer, durable_operator;
+    grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint)
+        to durable_operator;
+end
+$$;

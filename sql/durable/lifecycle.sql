@@ -60,7 +60,7 @@ $$;
 -- Tables: key, started (one row each), the shard's log (one event). Errors: DC002, 40001 (a snapshot older than a rotation).
 create or replace function durable.start(i_workflow text, i_version int, i_step text, i_input text, i_key text default null,
     out id uuid, out is_new boolean)
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
@@ -104,7 +104,7 @@ $$;
 -- Result: one row an input, in order. Lines of one shard are appended in events of at most 1,000 lines and about 1 MiB.
 create or replace function durable.start_many(i_workflow text, i_version int, i_step text, i_inputs text, i_keys text default null)
 returns table (id uuid, is_new boolean)
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 #variable_conflict use_column
@@ -147,13 +147,15 @@ $$;
 
 -- durable.find(workflow, key): the id a key stands for, or null.
 create or replace function durable.find(i_workflow text, i_key text) returns uuid
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$ select k.id from durable.key k where k.workflow = i_workflow and k.key = i_key $$;
 
 -- durable.state_of(id): one row for a known workflow (status 'running' until it is finished), none for an unknown one.
 create or replace function durable.state_of(i_id uuid)
 returns table (workflow text, version int, status text, output text, started_at timestamptz, finished_at timestamptz)
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$
     select s.workflow, s.version, coalesce(f.status, 'running'), f.output, s.at, f.at
     from durable.started s
@@ -163,5 +165,6 @@ $$;
 
 -- durable.outcome(id): status and output of a finished workflow, or nothing. What result() polls.
 create or replace function durable.outcome(i_id uuid) returns table (status text, output text)
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$ select f.status, f.output from durable.finished f where f.id = i_id and f.day = durable.day_of(i_id) $$;

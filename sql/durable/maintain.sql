@@ -1,7 +1,7 @@
 -- durable.add_partitions(days): day partitions of started and finished from yesterday to that many days ahead. How many were made.
 -- Made detached and attached, because "create … partition of" waits behind every open reader; the caller sets lock_timeout.
 create or replace function durable.add_partitions(i_days int default 14) returns int
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
@@ -24,14 +24,15 @@ $$;
 
 -- durable.needs_partitions(): a read that tells whether durable.add_partitions has something to do within a week.
 create or replace function durable.needs_partitions() returns boolean
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$ select to_regclass('durable.finished_' || (durable.today() + 7)) is null $$;
 
 -- durable.needs_upkeep(): a read that tells whether the engine's upkeep has something to do: a queue in between the two steps of
 -- its rotation; one whose period is over and whose tables hold anything (an idle log is rotated until it is empty, and then left
 -- alone); one with more than 10,000 ticks to trim.
 create or replace function durable.needs_upkeep() returns boolean
-language sql stable
+language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select exists (
@@ -51,7 +52,7 @@ as $$ select pg_try_advisory_xact_lock(hashtextextended('durable ' || i_what, 0)
 
 -- durable.keep_up(), durable.finish_rotation(): the engine's upkeep, each in its own transaction; before it the idle shards.
 create or replace function durable.keep_up() returns int
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
@@ -64,7 +65,7 @@ end
 $$;
 
 create or replace function durable.finish_rotation() returns int
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
@@ -114,7 +115,8 @@ $$;
 
 -- durable.dead_members(): readers whose process is not connected, that have been silent for a minute.
 create or replace function durable.dead_members() returns table (queue text, consumer text, member text)
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$
     select q.queue_name, split_part(c.co_name, '.', 1), split_part(c.co_name, '.', 2)
     from pgque.subscription s
@@ -131,7 +133,7 @@ $$;
 
 -- durable.sweep_members(): unregisters the dead members. How many went.
 create or replace function durable.sweep_members() returns int
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare

@@ -36,7 +36,7 @@ $$;
 -- events' lines. The cursor's event comes whole; the reader skips the lines that are done.
 -- At least one event, then as many as fit: an event is one commit's lines and never larger than a page.
 create or replace function durable.page(i_batch bigint, i_owner bigint, i_lines int, i_bytes int) returns text
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare

@@ -20,7 +20,7 @@ $$;
 
 -- durable.heartbeat(owners): the supervisor's word that these processes live; says so only for windows they hold. Rows touched.
 create or replace function durable.heartbeat(i_owners bigint[]) returns int
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
@@ -38,7 +38,7 @@ $$;
 -- durable.abandon(owner): the supervisor's word that this process is gone: its windows are free at once. Shards concerned.
 -- Waits for a commit the dead process may have had in flight.
 create or replace function durable.abandon(i_owner bigint) returns int[]
-language sql
+language sql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
     with gone as (update durable.win w set active = '-infinity' where w.owner = i_owner returning w.shard)

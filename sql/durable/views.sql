@@ -2,7 +2,7 @@
 -- cursors on and at what no tick covers yet, so it costs what the backlog of one shard costs, never history.
 create or replace function durable.locate(i_id uuid)
 returns table (shard int, place text, step text, seq int, owner_is_silent boolean)
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
@@ -31,7 +31,7 @@ $$;
 -- durable.log(shard): the retained log of one shard, a row a step event, for people; ids are truncated.
 create or replace function durable.log(i_shard int)
 returns table (txid xid8, event_id bigint, line bigint, at timestamptz, id text, workflow text, step text, seq int)
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
@@ -47,7 +47,8 @@ $$;
 create or replace function durable.list(i_workflow text default null, i_status text default null, i_limit int default 50,
     i_before timestamptz default 'infinity')
 returns table (id text, workflow text, version int, status text, key text, started_at timestamptz, finished_at timestamptz)
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$
     select durable.short(s.id), s.workflow, s.version, coalesce(f.status, 'running'), s.key, s.at, f.at
     from durable.started s
@@ -60,7 +61,8 @@ $$;
 
 -- durable.by_prefix(hex): the ids that begin with these hex digits, three at the most (one, none, or ambiguous).
 create or replace function durable.by_prefix(i_hex text) returns setof uuid
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$
     select s.id from durable.started s
     where s.id between rpad(i_hex, 32, '0')::uuid and rpad(i_hex, 32, 'f')::uuid order by s.id limit 3
@@ -69,7 +71,8 @@ $$;
 -- durable.shard_status(): one row a shard: what waits in its log, who reads it, how old its newest tick is.
 create or replace function durable.shard_status()
 returns table (shard int, has_work boolean, windows int, silent_windows int, consumers int, is_idle boolean, tick_age interval)
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$
     select s.shard, durable.has_events(s.queue_id),
         (select count(*)::int from durable.win w where w.shard = s.shard),
@@ -83,7 +86,8 @@ $$;
 
 -- durable.totals(): workflows by type and status. Reads lifecycle rows of the retained days: for people, not for polls.
 create or replace function durable.totals() returns table (workflow text, status text, workflows bigint)
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
 as $$
     select s.workflow, coalesce(f.status, 'running'), count(*)
     from durable.started s left join durable.finished f on f.id = s.id and f.day = s.day
