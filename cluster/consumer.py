@@ -47,6 +47,7 @@ class Consumer:
         self._connection = connect_worker(dsn, name=f"durable-cluster shard {shard} starting", settings=settings)
         self._pages = PageRunner(self._connection, machines, settings)
         self._joined: list[int] = []
+        self._has_appended: dict[int, bool] = {}
         self._listening: set[int] = set()
         self._is_asleep = False
         self._probe_takeover_at = 0.0
@@ -130,6 +131,7 @@ class Consumer:
         limits = {"lines_max": settings.page_lines_max, "bytes_max": settings.page_bytes_max}
         try:
             text = self._claim(shard, limits)
+            self._has_appended[shard] = False
             has_work = text is not None
             while text is not None:
                 on_page()
@@ -137,6 +139,7 @@ class Consumer:
                 with telemetry.page_span(shard, page):
                     done = self._pages.run(Window(shard=shard, owner=self.owner), page)
                 self.steps += done.steps
+                self._has_appended[shard] = done.ended < done.steps
                 if done.is_window_finished or should_stop():
                     break
                 text = statements.page(self._connection, batch=page.header.batch, owner=self.owner, **limits)
@@ -163,6 +166,7 @@ class Consumer:
             member=self._member,
             owner=self.owner,
             dead_interval=self._dead if is_probing else None,
+            is_expected=self._has_appended.get(shard, False),
             **limits,
         )
 

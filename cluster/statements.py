@@ -124,12 +124,13 @@ def claim(
     lines_max: int,
     bytes_max: int,
     dead_interval: timedelta | None = None,
+    is_expected: bool = False,
 ) -> str | None:
     """The text of a page (see ``envelope.decode_page``), or None when there is nothing. Raises BatchLost."""
     with translated():
         row = connection.execute(
-            "select durable.claim(%s::int, %s, %s::bigint, %s::int, %s::int, %s::interval)",
-            (shard, member, owner, lines_max, bytes_max, dead_interval),
+            "select durable.claim(%s::int, %s, %s::bigint, %s::int, %s::int, %s::interval, %s)",
+            (shard, member, owner, lines_max, bytes_max, dead_interval, is_expected),
         ).fetchone()
     return row[0] if row else None
 

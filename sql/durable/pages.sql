@@ -7,28 +7,38 @@ begin
 end
 $$;
 
--- durable.window_query(tables, limit): the events of a window from its cursor on, in the order (ev_txid, ev_id).
+-- durable.window_query(tables, with_late, limit): the events of a window from its cursor on, in the order (ev_txid, ev_id).
 --
 -- The simple query would be "everything visible in s1 and not visible in s0 from xmin(s0) on". One old write transaction pins
 -- xmin(s0), and every page would read history again. So: what started after s0 is at or above its xmax, one range of the index;
--- what was in progress at s0 and has ended since is a short list of ids, all below that xmax. Only tables that can still
--- hold unread events are named, because a plan that names the third starves the rotation's lock.
--- i_limit: rows at the most, null for all. Parameters of the query: $1 cursor txid, $2 cursor id, $3 xmax(s0), $4 xmax(s1), $5 s1, $6 ids in progress at s0 and visible in s1.
-create or replace function durable.window_query(i_tables text[], i_limit int) returns text
-language sql immutable
+-- what was in progress at s0 and has ended since is a short list of ids, all below that xmax (i_with_late: there are any). Only
+-- tables that can still hold unread events are named, because a plan that names the third starves the rotation's lock.
+-- Planning is most of a small page's cost, so the common case, one table and nobody late, is one plain range.
+-- i_limit: rows at the most, null for all. Parameters of the query: $1 cursor txid, $2 cursor id, $3 xmax(s0), $4 xmax(s1), $5 s1,
+-- $6 the late ids.
+create or replace function durable.window_query(i_tables text[], i_with_late boolean, i_limit int) returns text
+language plpgsql immutable
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    select 'select txid, id, n, body from ('
-        || string_agg(format(
-            '(select ev_txid txid, ev_id id, ev_extra1 n, ev_data body from %1$s'
-            ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid >= $3 and ev_txid < $4 and pg_visible_in_snapshot(ev_txid, $5)'
-            ' order by ev_txid, ev_id limit %2$s)'
-            ' union all '
-            '(select ev_txid, ev_id, ev_extra1, ev_data from %1$s'
-            ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid = any ($6) order by ev_txid, ev_id limit %2$s)',
-            t, coalesce(i_limit::text, 'all')), ' union all ')
-        || ') e order by txid, id limit ' || coalesce(i_limit::text, 'all')
-    from unnest(i_tables) t
+declare
+    v_order text := ' order by ev_txid, ev_id limit ' || coalesce(i_limit::text, 'all');
+    v_from text := 'select ev_txid as txid, ev_id as id, ev_extra1 as n, ev_data as body from ';
+    v_range text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid >= $3 and ev_txid < $4 and pg_visible_in_snapshot(ev_txid, $5)';
+    v_late text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid = any ($6)';
+    v_parts text[];
+    v_table text;
+begin
+    if cardinality(i_tables) = 1 and not i_with_late then
+        return v_from || i_tables[1] || v_range || v_order;
+    end if;
+    foreach v_table in array i_tables loop
+        v_parts := v_parts || ('(' || v_from || v_table || v_range || v_order || ')');
+        if i_with_late then
+            v_parts := v_parts || ('(' || v_from || v_table || v_late || v_order || ')');
+        end if;
+    end loop;
+    return array_to_string(v_parts, ' union all ') || ' order by txid, id limit ' || coalesce(i_limit::text, 'all');
+end
 $$;
 
 -- durable.page(batch, owner, lines, bytes): the next page of a window, without a lock.
@@ -44,6 +54,7 @@ declare
     v_event record;
     v_lines int;
     v_bytes int;
+    v_late xid8[];
     v_is_last boolean := true;
     v_events text[] := '{}';
     v_bodies text[] := '{}';
@@ -52,12 +63,13 @@ begin
     if not found then
         perform durable.lost(i_batch);
     end if;
+    v_late := array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1));
     v_lines := - (v_win.done).line;
     v_bytes := 0;
     for v_event in execute durable.window_query(
-            pgque.event_tables((select s.queue_id from durable.shard s where s.shard = v_win.shard), v_win.s0), i_lines + 1)
-        using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1,
-            array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1))
+            pgque.event_tables((select s.queue_id from durable.shard s where s.shard = v_win.shard), v_win.s0),
+            v_late <> '{}', i_lines + 1)
+        using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1, v_late
     loop
         v_lines := v_lines + v_event.n::int;
         v_bytes := v_bytes + octet_length(v_event.body);

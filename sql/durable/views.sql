@@ -18,7 +18,7 @@ begin
     loop
         return query execute
             'select $7, $8, l.line::json ->> ''s'', (l.line::json ->> ''n'')::int, $9 from ('
-            || durable.window_query(pgque.event_tables(v_shard.queue_id, v_win.s0), null)
+            || durable.window_query(pgque.event_tables(v_shard.queue_id, v_win.s0), true, null)
             || ') e, string_to_table(e.body, E''\n'') with ordinality l(line, o)'
                ' where e.body like $10 and l.line like $10 and not (e.txid = $1 and e.id = $2 and l.o <= $11)'
             using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1,
