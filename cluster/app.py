@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import psycopg
+
 from durable_cluster.client import Client, Handle
 from durable_cluster.errors import AppError, UnknownWorkflow
 from durable_cluster.runner import run_here

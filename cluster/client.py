@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import psycopg
+
 from durable_cluster import statements
 from durable_cluster.context import short_id
 from durable_cluster.database import connect

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+
 from durable_cluster import statements, telemetry
 from durable_cluster.database import connect_worker
 from durable_cluster.envelope import decode_page

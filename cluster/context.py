@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+
 from durable_cluster.continuation import Continuation, Done, Fail, Goto
 from durable_cluster.envelope import Envelope
 from durable_cluster.errors import AppError

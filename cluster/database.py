@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
 from durable_cluster.errors import ConfigurationError, ConnectionFailed
 from durable_cluster.settings import Settings
-from psycopg.conninfo import conninfo_to_dict
 
 CONNECT_TIMEOUT_S = 10
 IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL = 0.8

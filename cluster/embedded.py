@@ -23,12 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from psycopg import pq
+from psycopg.conninfo import make_conninfo
+
 from durable_cluster import postmaster
 from durable_cluster.errors import EmbeddedError
 from durable_cluster.pidfile import await_absence, drop_stale, read_pidfile
 from durable_cluster.premises import SOCKET_NAME, Premises, settle
-from psycopg import pq
-from psycopg.conninfo import make_conninfo
 
 LOG_LINES_SHOWN = 12
 PORT = "5432"  # only part of the socket's name; said aloud, or PGPORT would decide it

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
+
 from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Done, Fail, Goto
 from durable_cluster.envelope import Envelope, encode

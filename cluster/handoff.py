@@ -15,14 +15,15 @@ from typing import Any
 
 import msgspec
 import psycopg
+from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
+from psycopg.pq import TransactionStatus
+
 from durable_cluster import executor, statements
 from durable_cluster.envelope import Envelope, Page, encode_chunks
 from durable_cluster.errors import HandlerError
 from durable_cluster.executor import Result, Task
 from durable_cluster.settings import Settings
 from durable_cluster.statements import Outcome
-from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
-from psycopg.pq import TransactionStatus
 
 logger = logging.getLogger("durable_cluster.handoff")
 

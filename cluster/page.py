@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
+
 from durable_cluster import executor
 from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Result, Task

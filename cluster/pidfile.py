@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
+
 from durable_cluster.errors import EmbeddedError
 
 PROC = Path("/proc")

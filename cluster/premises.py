@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+
 from durable_cluster import postmaster
 from durable_cluster.errors import EmbeddedError
 

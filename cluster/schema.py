@@ -6,10 +6,11 @@ from hashlib import sha256
 from typing import Any
 
 import psycopg
+from psycopg import sql
+
 from durable_cluster.errors import DatabaseError, NotInstalled, SchemaMismatch
 from durable_cluster.settings import checked_shards
 from durable_cluster.sql import DURABLE, ENGINE, MIGRATIONS, read
-from psycopg import sql
 
 DEFAULT_SHARDS = 8
 SERVER_VERSION_MIN = 150000

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import msgspec
+
 from durable_cluster.errors import ConfigurationError
 
 SHARDS_MAX = 64

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import psycopg
+
 from durable_cluster.errors import translated
 
 Connection = psycopg.Connection[Any]

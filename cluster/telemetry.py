@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
-from durable_cluster.context import short_id
-from durable_cluster.envelope import Page
-from durable_cluster.errors import ConfigurationError
-from durable_cluster.settings import environment
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
+
+from durable_cluster.context import short_id
+from durable_cluster.envelope import Page
+from durable_cluster.errors import ConfigurationError
+from durable_cluster.settings import environment
 
 SAMPLED_OF_10_000 = 100
 LINKS_MAX = 100

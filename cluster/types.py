@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+
 from durable_cluster.context import Context
 from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from types import FrameType
 
 import psycopg
+from multiprocess.connection import Connection
+
 from durable_cluster import statements, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import connect_worker
@@ -29,7 +31,6 @@ from durable_cluster.shards.messages import (
     decode_to_child,
     encode,
 )
-from multiprocess.connection import Connection
 
 logger = logging.getLogger("durable_cluster.child")
 
@@ -37,6 +38,7 @@ EXIT_CANNOT_BOOT = 3
 RECONNECT_S_MIN = 0.1
 RECONNECT_S_MAX = 5.0
 LOSSES_WINDOW_S = 60.0
+NEWS_OF_BEATS = 10
 PR_SET_PDEATHSIG = 1
 
 
@@ -48,6 +50,7 @@ class Orders:
         self.is_stopping = False
         self._grace_s = settings_grace_s
         self._beat_at = 0.0
+        self._was_holding = False
 
     def stop(self, signal_number: int, frame: FrameType | None) -> None:
         """The handler of SIGTERM: only notes it, and lets the alarm end a process that a step keeps from looking."""
@@ -62,10 +65,11 @@ class Orders:
             self.is_stopping = True
 
     def beat(self, beat: Beat, *, every_s: float) -> None:
-        """As ``say``, at most once in ``every_s`` seconds."""
+        """As ``say``, at most once in ``every_s`` seconds; news of work begun or ended ten times as often."""
         now = time.monotonic()
-        if now - self._beat_at >= every_s:
-            self._beat_at = now
+        is_news = beat.is_holding != self._was_holding
+        if now - self._beat_at >= (every_s / NEWS_OF_BEATS if is_news else every_s):
+            self._beat_at, self._was_holding = now, beat.is_holding
             self.say(beat)
 
     def heard(self) -> list[Adopt | object]:

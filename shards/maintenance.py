@@ -10,8 +10,9 @@ import logging
 from typing import Any
 
 import psycopg
-from durable_cluster import statements
 from psycopg.errors import LockNotAvailable
+
+from durable_cluster import statements
 
 logger = logging.getLogger("durable_cluster.maintenance")
 

@@ -6,9 +6,10 @@ import os
 import signal
 from collections.abc import Callable
 
-from durable_cluster.shards.messages import FromChild, ToChild, decode_from_child, encode
 from multiprocess.connection import Connection
 from multiprocess.context import SpawnContext
+
+from durable_cluster.shards.messages import FromChild, ToChild, decode_from_child, encode
 
 Target = Callable[[bytes, int | None, Connection, int], None]
 

@@ -25,14 +25,15 @@ from typing import Any
 
 import multiprocess
 import psycopg
+from multiprocess.connection import wait
+from psycopg.errors import LockNotAvailable
+
 from durable_cluster import schema, statements
 from durable_cluster.database import connect_worker
 from durable_cluster.errors import ConnectionFailed, DurableError
 from durable_cluster.shards import child, restarts
 from durable_cluster.shards.messages import Adopt, Beat, Broken, ClusterConfig, Ready, Release, encode
 from durable_cluster.shards.process import Child
-from multiprocess.connection import wait
-from psycopg.errors import LockNotAvailable
 
 logger = logging.getLogger("durable_cluster.supervisor")
 
@@ -101,9 +102,9 @@ class Supervisor:
         return {place.name: place.child.pid for place in self._places if place.child is not None}
 
     @property
-    def holding_pids(self) -> list[int]:
-        """Children that said lately that they hold a window."""
-        return [place.child.pid for place in self._places if place.child is not None and place.is_holding]
+    def owners(self) -> dict[int, list[int]]:
+        """The incarnations of each living consumer, by its process id: under which it may hold windows."""
+        return {place.child.pid: list(place.owners) for place in self._places if place.child is not None and place.owners}
 
     def stop(self) -> None:
         """Drain and end; a second call kills. Safe from a signal handler and from another thread."""

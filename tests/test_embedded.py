@@ -17,6 +17,7 @@ from typing import Any
 
 import psycopg
 import pytest
+
 from durable_cluster import premises
 from durable_cluster.embedded import EmbeddedPostgres, is_locked, open_lock, pauses
 from durable_cluster.errors import EmbeddedError
@@ -240,22 +241,30 @@ def test_a_killed_postgres_comes_back_at_the_same_place_with_its_data(home: Path
     with EmbeddedPostgres(home) as server:
         run(server.dsn, "insert into kept values (58)")
         pid = postmaster_pid(home)
-        with psycopg.connect(server.dsn, autocommit=True) as busy:  # an orphan that would compute for ever
-            orphan = busy.info.backend_pid
-            spin = threading.Thread(target=ends_badly, args=(busy, "do $$ begin loop null; end loop; end $$"))
-            spin.start()
-            until(
-                lambda: run(server.dsn, f"select state = 'active' from pg_stat_activity where pid = {orphan}"), "spin"
-            )
+        orphan = spin(server.dsn)
+        try:
             os.kill(pid, signal.SIGKILL)
             until(lambda: answer(server.dsn, "select sum(v) from kept") == 100, "the keeper restarts it")
-            spin.join(10)
-        assert postmaster_pid(home) != pid
-        assert not is_running(orphan)
+            assert postmaster_pid(home) != pid
+            assert not is_running(orphan)
+        finally:
+            if is_running(orphan):
+                os.kill(orphan, signal.SIGKILL)
+
+
+def spin(dsn: str) -> int:
+    """The pid of a backend that computes for ever, and so would not notice the death of its postmaster."""
+    connection = psycopg.connect(dsn, autocommit=True)
+    pid = connection.info.backend_pid
+    threading.Thread(
+        target=ends_badly, args=(connection, "do $$ begin loop null; end loop; end $$"), daemon=True
+    ).start()
+    until(lambda: run(dsn, f"select state = 'active' from pg_stat_activity where pid = {pid}"), "it computes")
+    return pid
 
 
 def ends_badly(connection: psycopg.Connection[Any], sql: str) -> None:
-    with pytest.raises(psycopg.OperationalError):
+    with connection, pytest.raises(psycopg.OperationalError):
         connection.execute(sql.encode())
 
 
@@ -275,7 +284,9 @@ def test_a_killed_keeper_takes_postgres_along_and_the_next_start_recovers(home: 
     with EmbeddedPostgres(home) as server:
         dsn, pid = server.dsn, postmaster_pid(home)
         run(dsn, "insert into kept values (58)")
-        os.kill(parent_of(pid), signal.SIGKILL)
+        keeper = parent_of(pid)
+        os.kill(keeper, signal.SIGKILL)
+        until(lambda: not is_running(keeper), "the keeper is dead")  # a kill returns before that
         assert server.start() == dsn
         assert postmaster_pid(home) != pid
         assert not is_running(pid)
@@ -290,6 +301,7 @@ def test_a_keeper_and_a_postgres_killed_together_are_recovered(home: Path) -> No
         os.kill(keeper, signal.SIGSTOP)  # or it could restart postgres between the two kills
         os.kill(pid, signal.SIGKILL)
         os.kill(keeper, signal.SIGKILL)
+        until(lambda: not is_running(keeper) and not is_running(pid), "both are dead")
         server.start()
         assert run(server.dsn, "select sum(v) from kept") == 100
 
@@ -347,7 +359,7 @@ def test_a_socket_directory_that_somebody_else_made_is_refused(home: Path) -> No
     long = home.parent / ("n" * 150)
     home.rename(long)
     planted = Path("/tmp") / f"durable-0-{premises.short_hash(long)}"
-    planted.mkdir()
+    planted.mkdir(mode=0o700)
     try:
         os.chown(planted, NOBODY_UID, NOBODY_UID)
         with pytest.raises(EmbeddedError, match="somebody else may have made it"):
