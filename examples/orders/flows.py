@@ -43,14 +43,14 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The input, and the state of most steps. ``is_promised``: it is on back-order; see ``reserve``."""
+    """The input, and the state of most steps. ``is_backordered``: ``reserve`` found too little before."""
 
     ref: str
     customer_id: str
     shipper_id: int
     country: str
     lines: list[Line]
-    is_promised: bool = False
+    is_backordered: bool = False
 
 
 class Parcel(msgspec.Struct, frozen=True):
@@ -108,14 +108,14 @@ def validate(ctx: Context, new: Order) -> Continuation:
 def reserve(ctx: Context, new: Order) -> Continuation:
     """Take all lines from the stock, or none.
 
-    An order that finds too little is promised its units, has what is short ordered, and comes here again until it is there.
-    The restocks start in this same transaction: there is never a promise without one, nor one without a promise.
+    An order that finds too little goes on back-order and comes here again until there is enough. The first to find a product
+    short starts its restock, in this same transaction: the stock is marked as on order if and only if somebody is sent.
     """
     products = [line.product_id for line in new.lines]
     quantities = [line.quantity for line in new.lines]
     row = ctx.tx.execute(
-        "select is_reserved, to_restock, deliveries from orders.reserve(%s::int[], %s::int[], %s)",
-        (products, quantities, new.is_promised),
+        "select is_reserved, to_restock, deliveries from orders.reserve(%s, %s::int[], %s::int[], %s)",
+        (new.ref, products, quantities, new.is_backordered),
     ).fetchone()
     assert row is not None
     is_reserved, to_restock, deliveries = row
@@ -123,7 +123,7 @@ def reserve(ctx: Context, new: Order) -> Continuation:
         return ctx.goto(charge, new)
     for shortage in map(Shortage, to_restock, deliveries):
         restock.start(shortage, key=f"restock-{shortage.product_id}-{shortage.delivery}", tx=ctx.tx)
-    return ctx.goto(reserve, msgspec.structs.replace(new, is_promised=True))
+    return ctx.goto(reserve, msgspec.structs.replace(new, is_backordered=True))
 
 
 @order.step(transactional=True)

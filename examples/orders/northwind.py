@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from importlib.resources import files
+from io import StringIO
 from typing import Any
 
 import msgspec
@@ -57,15 +58,29 @@ def copies(times: int) -> Iterator[Order]:
             yield msgspec.structs.replace(original, ref=f"{original.ref}-{copy:03}")
 
 
-def figures(of: list[Order], *, times: int = 1) -> Figures:
+def figures(of: Iterable[Order], *, times: int = 1) -> Figures:
     """What ``times`` copies of these orders come to."""
-    lines = [line for order in of for line in order.lines]
+    return total(
+        Figures(
+            orders=times,
+            lines=len(order.lines) * times,
+            units=sum(line.quantity for line in order.lines) * times,
+            gross=sum((line.gross for line in order.lines), Decimal(0)) * times,
+            net=sum((line.net for line in order.lines), Decimal(0)) * times,
+        )
+        for order in of
+    )
+
+
+def total(of: Iterable[Figures]) -> Figures:
+    """The sum of figures."""
+    several = list(of)
     return Figures(
-        orders=len(of) * times,
-        lines=len(lines) * times,
-        units=sum(line.quantity for line in lines) * times,
-        gross=sum((line.gross for line in lines), Decimal(0)) * times,
-        net=sum((line.net for line in lines), Decimal(0)) * times,
+        orders=sum(one.orders for one in several),
+        lines=sum(one.lines for one in several),
+        units=sum(one.units for one in several),
+        gross=sum((one.gross for one in several), Decimal(0)),
+        net=sum((one.net for one in several), Decimal(0)),
     )
 
 
@@ -88,5 +103,5 @@ def prepare(connection: psycopg.Connection[Any]) -> None:
 
 
 def _rows(name: str) -> Iterator[dict[str, str]]:
-    with (files(__package__) / "data" / f"{name}.csv").open("r", encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file)
+    text = (files(__package__) / "data" / f"{name}.csv").read_text("utf-8")
+    return csv.DictReader(StringIO(text, newline=""))
