@@ -89,6 +89,7 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(processName)s %(levelname)s %(message)s")
     orders = Orders(pipe, config.settings.drain_grace_s)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held since before the spawn
     signal.signal(signal.SIGTERM, orders.stop)
     if not _dies_with(supervisor_pid):
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from multiprocess import resource_tracker
 from multiprocess.connection import Connection
 from multiprocess.context import SpawnContext
 
@@ -22,7 +24,8 @@ class Child:
         self.shard = shard
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(config, shard, theirs, os.getpid()), name=name)
-        self._process.start()
+        with _interrupts_held():
+            self._process.start()
         theirs.close()
 
     @property
@@ -76,3 +79,17 @@ class Child:
     def _signal(self, number: int) -> None:
         if self._process.exitcode is None:
             os.kill(self.pid, number)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """What is spawned inside begins with SIGINT blocked, until it says what it makes of it.
+
+    Ctrl-C reaches the whole process group: a child that is still importing would die of it, with a traceback.
+    """
+    resource_tracker.ensure_running()  # started by the spawn itself, it would unblock the signal on its way
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

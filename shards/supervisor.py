@@ -104,7 +104,9 @@ class Supervisor:
     @property
     def owners(self) -> dict[int, list[int]]:
         """The incarnations of each living consumer, by its process id: under which it may hold windows."""
-        return {place.child.pid: list(place.owners) for place in self._places if place.child is not None and place.owners}
+        return {
+            place.child.pid: list(place.owners) for place in self._places if place.child is not None and place.owners
+        }
 
     def stop(self) -> None:
         """Drain and end; a second call kills. Safe from a signal handler and from another thread."""
@@ -314,7 +316,7 @@ class Supervisor:
         return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
-def peak_memory_mib(pids: list[int]) -> float:
+def resident_memory_mib(pids: list[int]) -> float:
     """The sum of the processes' resident memory, in MiB (Linux; elsewhere this process's peak)."""
     total_kib = 0
     for pid in pids:

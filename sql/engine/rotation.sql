@@ -91,6 +91,7 @@ end $$;
 -- Deletes ended batches. Result: rows deleted from batch. Tables: batch, batch_end (delete).
 -- Kept: open batches; the furthest window of each group, which is its position; the newest batch of each holder, so that the
 -- look-up of its open batch meets a live row and not the dead ones behind it.
+-- Hazard: a takeover between the look at the group and the deletion opens an old window anew; asking for the end spares it.
 create or replace function pgque.trim_batches(queue_id int) returns bigint
 language plpgsql set search_path = pg_catalog, pgque, pg_temp
 as $$

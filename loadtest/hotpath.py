@@ -1,0 +1,274 @@
+"""The hot path, measured: ``python -m durable_cluster.loadtest.hotpath --json``.
+
+What runs is the product: a supervisor, consumer processes, a server with durable settings, on a database of its own that is
+dropped afterwards. Workflows have ten trivial ``def`` steps.
+
+Method. Five rounds, each a backlog that lasts for about a fifth of ``--seconds``. The backlog is started by ``start_many`` in one
+transaction: nothing of it is visible before the commit, and with the commit the clock starts. It stops when one snapshot shows
+no unread event and no open window, asked every 20 ms. Loading is outside of the clock; claims, handlers, commits, maintenance
+and what the server does in the background are inside. After each round, with the consumers quiescent, P is measured (see
+``measure``). Rates are medians of the five; ``p_ratio`` is the quotient of the two medians. A round before the five warms up and
+is not counted; every round is sized by the one before it. After the rounds the cluster is left idle; at last one workflow runs
+alone, on all that is logged by then, for the latency of a step.
+
+Keys of the answer, beside what their names say:
+    p_rows_per_s            INSERT … SELECT of the same lines, one a row, one session, same server, between the rounds
+    cpu_us_per_step         user and system time of consumers, supervisor, their backends and the server's own processes,
+                            over the rounds; null if the server is on another machine
+    wal_bytes_per_step      WAL written over the rounds, whatever it was written for
+    payload_bytes           average length of an envelope's line as stored
+    changed_rows_per_step   rows updated and deleted in every table of ours, from before the warm-up to rest after the rounds
+    lone_step_ms_p50, _p99  one workflow, nothing else running: from a step's handoff to the next step's
+    idle_xids_per_s         transaction ids consumed while all consumers sleep
+    seconds                 the sum of the rounds
+    git_commit              of the code that ran, with "-dirty" if it was changed since; null outside of a checkout
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from durable_cluster.database import connect
+from durable_cluster.errors import DurableError
+from durable_cluster.loadtest import measure, stage, workloads
+from durable_cluster.loadtest.measure import Connection, Span
+
+ROUNDS = 5
+P_SHARE = 0.5
+WARM_UP_WORKFLOWS_A_PROCESS = 500
+LOADED_AT_ONCE = 10_000
+WORKFLOWS_MIN = 100
+WORKFLOWS_MAX = 500_000
+LONE_STEPS_A_SECOND = 100
+LONE_STEPS_MIN = 200
+IDLE_SHARE = 0.5
+IDLE_S_MIN = 2.0
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer; the module says what its fields mean."""
+
+    steps_per_s: float
+    p_rows_per_s: float
+    p_ratio: float
+    cpu_us_per_step: float | None
+    wal_bytes_per_step: float
+    payload_bytes: float
+    changed_rows_per_step: float
+    lone_step_ms_p50: float
+    lone_step_ms_p99: float
+    idle_xids_per_s: float
+    seconds: float
+    processes: int
+    shards: int
+    synchronous_commit: str
+    git_commit: str | None
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One backlog, drained."""
+
+    steps: int
+    span: Span
+
+    @property
+    def steps_per_s(self) -> float:
+        return self.steps / self.span.seconds
+
+
+class Hotpath:
+    """One run on one cluster: ``connection`` looks and measures, the cluster works."""
+
+    def __init__(self, connection: Connection, cluster: stage.RunningCluster, *, processes: int, shards: int) -> None:
+        self._connection = connection
+        self._cluster = cluster
+        self._processes = processes
+        self._shards = shards
+        self._workflows = 0
+
+    def report(self, *, seconds: float) -> Report:
+        """Measure everything, in about three times ``seconds``."""
+        changed_before = measure.changed_rows(self._connection)
+        warm_up = self._round(self._processes * WARM_UP_WORKFLOWS_A_PROCESS)
+        say(f"warm-up: {warm_up.steps_per_s:,.0f} steps/s")
+        payload_bytes = measure.prepare_yardstick(self._connection)
+        rounds, p_rows_per_s = self._rounds(warm_up, seconds=seconds / ROUNDS)
+        changed = measure.settled_changed_rows(self._connection, finished=self._workflows) - changed_before
+        changed_per_step = changed / (self._workflows * workloads.STEPS)
+        idle_xids_per_s = measure.idle_xids_per_s(self._connection, seconds=max(IDLE_S_MIN, seconds * IDLE_SHARE))
+        say(f"idle: {idle_xids_per_s:g} transaction ids/s")
+        lone_ms = self._lone(max(LONE_STEPS_MIN, int(seconds * LONE_STEPS_A_SECOND)))
+        self._cluster.demand_whole()
+
+        steps = sum(one.steps for one in rounds)
+        steps_per_s = median(one.steps_per_s for one in rounds)
+        cpu_s = [one.span.cpu_s for one in rounds if one.span.cpu_s is not None]
+        return Report(
+            steps_per_s=round(steps_per_s, 1),
+            p_rows_per_s=round(p_rows_per_s, 1),
+            p_ratio=round(steps_per_s / p_rows_per_s, 4),
+            cpu_us_per_step=round(sum(cpu_s) / steps * 1e6, 2) if len(cpu_s) == len(rounds) else None,
+            wal_bytes_per_step=round(sum(one.span.wal_bytes for one in rounds) / steps, 1),
+            payload_bytes=round(payload_bytes, 1),
+            changed_rows_per_step=round(changed_per_step, 6),
+            lone_step_ms_p50=round(measure.quantile(lone_ms, 0.5), 3),
+            lone_step_ms_p99=round(measure.quantile(lone_ms, 0.99), 3),
+            idle_xids_per_s=round(idle_xids_per_s, 3),
+            seconds=round(sum(one.span.seconds for one in rounds), 2),
+            processes=self._processes,
+            shards=self._shards,
+            synchronous_commit=setting(self._connection, "synchronous_commit"),
+            git_commit=git_commit(),
+        )
+
+    def _rounds(self, warm_up: Round, *, seconds: float) -> tuple[list[Round], float]:
+        """The five rounds of about so many seconds each, every one sized by the one before; and the median P between them."""
+        rounds, p_rows = [warm_up], []
+        for number in range(1, ROUNDS + 1):
+            workflows = int(rounds[-1].steps_per_s * seconds / workloads.STEPS)
+            rounds.append(self._round(min(WORKFLOWS_MAX, max(WORKFLOWS_MIN, workflows))))
+            p_rows.append(measure.p_rows_per_s(self._connection, seconds=seconds * P_SHARE))
+            say(
+                f"round {number} of {ROUNDS}: {rounds[-1].steps_per_s:,.0f} steps/s in {rounds[-1].span.seconds:.1f} s,"
+                f" P {p_rows[-1]:,.0f} rows/s"
+            )
+        return rounds[1:], median(p_rows)
+
+    def _round(self, workflows: int) -> Round:
+        """Load a backlog, and measure from its commit until it is drained."""
+        with connect(self._connection.info.dsn, name="durable-loadtest feed") as feed:
+            with feed.transaction():
+                for size in chunks(workflows):
+                    workloads.ten_steps.start_many(workloads.short_flows(size), tx=feed)
+                begin = self._read_meters()
+            stage.await_quiet(self._connection)
+            end = self._read_meters()
+        self._workflows += workflows
+        self._demand_finished()
+        return Round(steps=workflows * workloads.STEPS, span=measure.span_between(begin, end))
+
+    def _lone(self, steps: int) -> list[float]:
+        """Run one workflow of so many steps; the milliseconds of each, ascending."""
+        handle = workloads.chain.start(workloads.Count(1, steps))
+        handle.result(timeout=stage.WAIT_S_MAX)
+        lone_ms = measure.lone_steps_ms(self._connection, handle.id)
+        say(f"a lone chain of {steps:,} steps: {measure.quantile(lone_ms, 0.5):.2f} ms a step at the median")
+        return lone_ms
+
+    def _read_meters(self) -> measure.Reading:
+        return measure.read_meters(self._connection, pids=self._cluster.pids, thread_id=self._cluster.thread_id)
+
+    def _demand_finished(self) -> None:
+        """What ended otherwise than completed would make the figures those of another path."""
+        self._cluster.demand_whole()
+        row = self._connection.execute("select count(*) from durable.finished where status = 'completed'").fetchone()
+        if row is None or row[0] != self._workflows:
+            raise stage.StageError(
+                f"{self._workflows:,} workflows were started and {row and row[0]:,} completed: see 'durable-cluster list'"
+            )
+
+
+def chunks(total: int) -> list[int]:
+    """``total`` in calls of start_many."""
+    return [min(LOADED_AT_ONCE, total - begin) for begin in range(0, total, LOADED_AT_ONCE)]
+
+
+def setting(connection: Connection, name: str) -> str:
+    """What the cluster's sessions find set."""
+    row = connection.execute("select current_setting(%s)", (name,)).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def git_commit() -> str | None:
+    """The commit of this file's checkout; None if this file is not in one (an installed copy may lie in another's)."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", here.parent, *arguments], capture_output=True, text=True, check=True, timeout=30
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def as_table(report: Report) -> str:
+    """The report for people: a line a field, aligned."""
+    fields = {
+        name: f"{value:,}" if isinstance(value, float | int) else str(value or "unknown")
+        for name, value in _fields(report)
+    }
+    width, wide = max(map(len, fields)), max(map(len, fields.values()))
+    return "\n".join(f"{name:<{width}}  {value:>{wide}}" for name, value in fields.items())
+
+
+def _fields(report: Report) -> Iterable[tuple[str, object]]:
+    return ((name, getattr(report, name)) for name in report.__struct_fields__)
+
+
+def say(text: str) -> None:
+    """Progress; the answer alone goes to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with 2 when it cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m durable_cluster.loadtest.hotpath",
+        description="Measure the product's hot path on a database of its own.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long the measured rounds take together (20)")
+    parser.add_argument("--processes", type=int, default=4, help="consumer processes (4)")
+    parser.add_argument("--shards", type=int, help="shards, of which the processes are a multiple (one a process)")
+    parser.add_argument("--dsn", help="a server where a database may be made (default: a local Postgres of its own)")
+    parser.add_argument(
+        "--asynchronous", action="store_true", help="with synchronous_commit off, for the product and for P"
+    )
+    options = parser.parse_args(arguments)
+    options.shards = options.processes if options.shards is None else options.shards
+    if options.shards < 1 or options.processes < 1 or options.processes % options.shards:
+        parser.error(
+            f"{options.processes} processes on {options.shards} shards: give every shard the same number of processes"
+        )
+    if not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds:g}: give it time")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 1 with the error in a line on standard error."""
+    options = parsed(arguments)
+    try:
+        with stage.fresh_database(options.dsn, is_asynchronous=options.asynchronous) as dsn:
+            workloads.app.client.use(dsn)
+            with (
+                stage.running_cluster(dsn, processes=options.processes, shards=options.shards) as cluster,
+                connect(dsn, name="durable-loadtest") as connection,
+            ):
+                run = Hotpath(connection, cluster, processes=options.processes, shards=options.shards)
+                report = run.report(seconds=options.seconds)
+            workloads.app.close()
+    except DurableError as error:
+        say(f"hotpath: {error}")
+        return 1
+    print(msgspec.json.encode(report).decode() if options.json else as_table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

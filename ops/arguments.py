@@ -1,0 +1,129 @@
+"""The command line: which commands and options there are. Nothing is decided here but what a word may be."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from durable_cluster.ops.show import STATUSES
+from durable_cluster.ops.terminal import PROGRAM, BadUsage
+from durable_cluster.settings import SHARDS_MAX
+
+COUNT_MAX = 10_000_000
+LIST_MAX = 10_000
+CONSUMERS_MAX = 16
+LOG_LEVELS = ("debug", "info", "warning", "error")
+ABOUT = "Durable, crash-proof workflows on the Postgres you already run."
+ORDER = "The database: --dsn, else what the app says, else DURABLE_DSN, else a local Postgres under --data."
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors go the way of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadUsage(f"{message}; see '{self.prog} --help'")
+
+
+def parser() -> Parser:
+    """Every command and option."""
+    top = Parser(prog=PROGRAM, description=ABOUT, epilog=ORDER, allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {version('durable-cluster')}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, help_: str) -> Parser:
+        made: Parser = commands.add_parser(name, help=help_, description=f"{help_}.", epilog=ORDER, allow_abbrev=False)
+        made.add_argument("--dsn", help="a Postgres to use, such as postgresql://user@host/database")
+        made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
+        made.add_argument("--json", action="store_true", help="answer with one JSON document")
+        return made
+
+    start = command("start", "run a cluster here")
+    _add_shards(start)
+    _add_app(start)
+    _add_no_roles(start)
+    _add_log_level(start)
+    start.add_argument("--consumers-per-shard", type=_between(1, CONSUMERS_MAX), default=1, metavar="N")
+    start.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as drain_grace_s=10"
+    )
+
+    init = command("init", "install the schema into a database, or upgrade it")
+    _add_shards(init)
+    _add_no_roles(init)
+    init.add_argument("--examples", action="store_true", help="also make the tables of the bundled examples")
+
+    uninstall = command("uninstall", "remove the schema, with every workflow in it")
+    uninstall.add_argument("--yes", action="store_true", help="do not ask")
+
+    run = command("run", "start workflows and print their ids")
+    run.add_argument("workflow", metavar="WORKFLOW")
+    run.add_argument(
+        "--input", default="null", metavar="JSON|@FILE", help="the input (default null; @- is standard input)"
+    )
+    run.add_argument("--count", type=_between(1, COUNT_MAX), default=1, metavar="N", help="start so many")
+    run.add_argument("--key", help="the same key gives the same workflow")
+    run.add_argument("--wait", action="store_true", help="wait for the end and print the result")
+    run.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so many seconds (implies --wait)")
+    _add_app(run)
+
+    command("status", "show the cluster, shard by shard")
+
+    list_ = command("list", "list workflows, newest first")
+    list_.add_argument("--workflow", metavar="NAME")
+    list_.add_argument("--status", choices=STATUSES)
+    list_.add_argument("--limit", type=_between(1, LIST_MAX), default=50, metavar="N")
+
+    show = command("show", "show one workflow")
+    show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+
+    stop = command("stop", "stop the cluster that runs from --data")
+    stop.add_argument("--now", action="store_true", help="do not let running steps end")
+    stop.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="wait at most so long (60)")
+
+    command("doctor", "check everything that has to be right")
+    command("psql", "open psql on the database; what follows goes to psql")
+
+    demo = command("demo", "take 830 real orders through a cluster and reconcile the books")
+    demo.add_argument("--times", type=_between(1, 10_000), default=1, metavar="N", help="so many copies of every order")
+    demo.add_argument("--chaos", action="store_true", help="kill consumers that hold work, at least 20 of them")
+    _add_shards(demo)
+    _add_log_level(demo, default="error")
+    return top
+
+
+def _add_shards(to: Parser) -> None:
+    to.add_argument("--shards", type=_between(1, SHARDS_MAX), metavar="N", help="1 to 64 (8 in a new database)")
+
+
+def _add_app(to: Parser) -> None:
+    to.add_argument("--app", metavar="MODULE:APP", help="where your App is (default: the bundled examples)")
+
+
+def _add_no_roles(to: Parser) -> None:
+    to.add_argument("--no-roles", action="store_true", help="make no database roles")
+
+
+def _add_log_level(to: Parser, *, default: str = "warning") -> None:
+    to.add_argument("--log-level", choices=LOG_LEVELS, default=default, help=f"({default})")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
+    return seconds
+
+
+def _between(low: int, high: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {low} to {high:,}")
+        return int(text)
+
+    return number

@@ -1,0 +1,144 @@
+"""The command ``durable-cluster``: parse, dispatch, and the one place that prints errors.
+
+Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import psycopg
+from psycopg.errors import InsufficientPrivilege
+
+from durable_cluster.errors import DurableError
+from durable_cluster.ops import demo_cluster, doctor, install, psql, run, running, show, start, status
+from durable_cluster.ops.arguments import parser
+from durable_cluster.ops.target import Target
+from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+Command = Callable[[Terminal, Target, argparse.Namespace], int]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that knows no …
+    try:
+        return _dispatch(sys.argv[1:] if words is None else words)
+    except BrokenPipeError:
+        # Whoever read our output has had enough. What is still buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BadUsage as error:
+        return _failed(str(error), EXIT_USAGE)
+    except DurableError as error:
+        return _failed(str(error), EXIT_FAILED)
+    except psycopg.Error as error:
+        return _failed(_refusal(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    options, rest = parser().parse_known_args(words)
+    if options.command == "psql":
+        return psql.psql(Target(options.dsn, options.data), rest[rest[:1] == ["--"] :])
+    if rest:
+        raise BadUsage(f"unrecognized arguments: {' '.join(rest)}; see '{PROGRAM} {options.command} --help'")
+    code = COMMANDS[options.command](Terminal(is_json=options.json), Target(options.dsn, options.data), options)
+    sys.stdout.flush()
+    return code
+
+
+def _refusal(error: psycopg.Error) -> str:
+    said = error.diag.message_primary or str(error).strip()
+    if isinstance(error, InsufficientPrivilege):
+        return f"this role may not: {said}; connect as one that may"
+    return f"the database refused: {said}"
+
+
+def _failed(text: str, code: int) -> int:
+    Terminal().error(text)
+    return code
+
+
+def _start(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return start.start(
+        terminal,
+        target,
+        app_address=options.app,
+        shards=options.shards,
+        consumers_per_shard=options.consumers_per_shard,
+        with_roles=not options.no_roles,
+        overrides=options.set,
+        log_level=options.log_level.upper(),
+    )
+
+
+def _init(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return install.init(
+        terminal, target, shards=options.shards, with_roles=not options.no_roles, with_examples=options.examples
+    )
+
+
+def _uninstall(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return install.uninstall(terminal, target, is_agreed=options.yes)
+
+
+def _run(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return run.run(
+        terminal,
+        target,
+        workflow=options.workflow,
+        text=options.input,
+        count=options.count,
+        key=options.key,
+        app_address=options.app,
+        is_waiting=options.wait or options.timeout is not None,
+        timeout_s=options.timeout,
+    )
+
+
+def _list(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return show.list_(terminal, target, workflow=options.workflow, status=options.status, limit=options.limit)
+
+
+def _stop(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return running.stop(terminal, target.data, is_now=options.now, timeout_s=options.timeout)
+
+
+def _demo(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return demo_cluster.demo(
+        terminal,
+        target,
+        times=options.times,
+        is_chaotic=options.chaos,
+        shards=options.shards,
+        log_level=options.log_level.upper(),
+    )
+
+
+COMMANDS: Mapping[str, Command] = {
+    "start": _start,
+    "init": _init,
+    "uninstall": _uninstall,
+    "run": _run,
+    "status": lambda terminal, target, options: status.status(terminal, target),
+    "list": _list,
+    "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),
+    "stop": _stop,
+    "doctor": lambda terminal, target, options: doctor.doctor(terminal, target),
+    "demo": _demo,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""``list`` and ``show``: which workflows there are, and what is known of one. Ids come truncated."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+import psycopg
+
+from durable_cluster import schema, statements
+from durable_cluster.context import SHORT_ID_DIGITS, short_id
+from durable_cluster.errors import UnknownWorkflow
+from durable_cluster.ops import lookups
+from durable_cluster.ops.target import Target
+from durable_cluster.ops.terminal import BadUsage, Terminal, pretty, table
+from durable_cluster.statements import Place, State
+
+STATUSES = ("running", "completed", "failed")
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of ``show``. ``places``: where a running workflow stands in the log."""
+
+    id: str
+    workflow: str
+    version: int
+    status: str
+    started_at: datetime
+    finished_at: datetime | None
+    places: list[Place]
+    output: Any = None
+    failure: dict[str, Any] | None = None
+
+
+def list_(terminal: Terminal, target: Target, *, workflow: str | None, status: str | None, limit: int) -> int:
+    """Workflows, newest first."""
+    with target.opened() as database, database.connect("list") as connection:
+        schema.demand_installed(connection)
+        found = lookups.listed(connection, workflow=workflow, status=status, limit=limit)
+    rows = [(one.id, one.workflow, one.status, _moment(one.started_at), _took(one), one.key) for one in found]
+    lines = table(("id", "workflow", "status", "started", "took", "key"), rows)
+    terminal.answer(found, lines if found else ["no workflows"])
+    if len(found) == limit:
+        terminal.note(f"the newest {limit:,}; see more with --limit")
+    return 0
+
+
+def show(terminal: Terminal, target: Target, *, prefix: str) -> int:
+    """One workflow, by its id or the first digits of it."""
+    digits = checked_prefix(prefix)
+    with target.opened() as database, database.connect("show") as connection:
+        schema.demand_installed(connection)
+        shown = _known(connection, digits)
+    terminal.answer(shown, _lines(shown))
+    return 0
+
+
+def checked_prefix(text: str) -> str:
+    """The hex digits of an id or its beginning. Raises BadUsage."""
+    digits = text.strip().lower().replace("-", "").rstrip("…")
+    if not re.fullmatch("[0-9a-f]{1,32}", digits):
+        raise BadUsage(
+            f"'{text[:SHORT_ID_DIGITS]}' is no workflow id: those are up to 32 hex digits; see 'durable-cluster list'"
+        )
+    return digits
+
+
+def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
+    found = statements.by_prefix(connection, digits)
+    if len(found) > 1:
+        some = ", ".join(short_id(one) for one in found[:2])
+        raise UnknownWorkflow(
+            f"{len(found) if len(found) < 3 else 'several'} workflows begin with {short_id(digits)}"
+            f" ({some}{', …' if len(found) > 2 else ''}): give more digits"
+        )
+    state = statements.state_of(connection, found[0]) if found else None
+    if state is None:
+        raise UnknownWorkflow(
+            f"no workflow begins with {short_id(digits)} in this database; see 'durable-cluster list'"
+        )
+    # A workflow that ends between the two looks stands nowhere: look again at what became of it.
+    places = statements.locate(connection, found[0]) if state.status == "running" else []
+    if state.status == "running" and not places:
+        state = statements.state_of(connection, found[0]) or state
+    return _shown(short_id(found[0]), state, places)
+
+
+def _shown(short: str, state: State, places: list[Place]) -> Shown:
+    value = None if state.output is None else msgspec.json.decode(state.output)
+    is_failed = state.status == "failed"
+    return Shown(
+        id=short,
+        workflow=state.workflow,
+        version=state.version,
+        status=state.status,
+        started_at=datetime.fromisoformat(state.started_at),
+        finished_at=None if state.finished_at is None else datetime.fromisoformat(state.finished_at),
+        places=places,
+        output=None if is_failed else value,
+        failure=value if is_failed else None,
+    )
+
+
+def _lines(shown: Shown) -> list[str]:
+    lines = [
+        f"{shown.id}  {shown.workflow} (version {shown.version})  {shown.status}",
+        f"  started   {_moment(shown.started_at)}",
+    ]
+    if shown.finished_at is not None:
+        lines.append(f"  finished  {_moment(shown.finished_at)} ({_seconds(shown.finished_at - shown.started_at)})")
+    for place in shown.places:
+        silent = ", whose consumer is gone: another takes it over" if place.owner_is_silent else ""
+        lines.append(f"  stands    {place.place} at step {place.seq} '{place.step}', shard {place.shard}{silent}")
+    if shown.status == "running" and not shown.places:
+        lines.append("  stands    between two steps at the moment of looking")
+    if shown.failure is not None:
+        step, seq = shown.failure.get("step", "?"), shown.failure.get("seq", "?")
+        lines.append(f"  failed    in step {seq} '{step}': {shown.failure.get('reason', 'unknown')}")
+        lines += [f"    {line}" for line in str(shown.failure.get("traceback", "")).splitlines()]
+    elif shown.status == "completed":
+        lines += ["  output", *(f"    {line}" for line in pretty(shown.output).splitlines())]
+    return lines
+
+
+def _took(listed: lookups.Listed) -> str | None:
+    return None if listed.finished_at is None else _seconds(listed.finished_at - listed.started_at)
+
+
+def _seconds(duration: timedelta) -> str:
+    return f"{duration.total_seconds():.3f} s"
+
+
+def _moment(at: datetime) -> str:
+    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

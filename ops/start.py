@@ -1,0 +1,139 @@
+"""``start``: prepare the database, then be the supervisor until told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import msgspec
+
+from durable_cluster import schema
+from durable_cluster.app import App
+from durable_cluster.errors import AppError, NotInstalled
+from durable_cluster.examples.orders import northwind
+from durable_cluster.loading import load_app
+from durable_cluster.ops import install
+from durable_cluster.ops.running import registered
+from durable_cluster.ops.target import Database, Target
+from durable_cluster.ops.terminal import BadUsage, Terminal
+from durable_cluster.settings import Settings
+from durable_cluster.shards.messages import ClusterConfig
+from durable_cluster.shards.supervisor import Supervisor, resident_memory_mib
+
+EXAMPLES = "durable_cluster.examples.orders.flows:app"
+LOG_FORMAT = "%(asctime)s %(processName)s %(levelname)s %(message)s"
+
+
+class Up(msgspec.Struct, frozen=True, kw_only=True):
+    """What a cluster says once all its processes are up."""
+
+    pid: int
+    shards: int
+    processes: int
+    connections: int
+    memory_mib: float
+    app: str
+    workflows: list[str]
+    database: str
+
+
+def start(
+    terminal: Terminal,
+    target: Target,
+    *,
+    app_address: str | None,
+    shards: int | None,
+    consumers_per_shard: int,
+    with_roles: bool,
+    overrides: Sequence[str],
+    log_level: str,
+) -> int:
+    """Run a cluster here until SIGTERM, SIGINT or ``stop``."""
+    logging.basicConfig(level=log_level, format=LOG_FORMAT)
+    address = EXAMPLES if app_address is None else app_address
+    app = loaded(address)
+    settings = overridden(app.settings, overrides)
+    with registered(target.data), target.opened(app=app, is_made=True) as database:
+        layout = prepare(database, shards=shards, with_roles=with_roles, is_example=address == EXAMPLES)
+        config = ClusterConfig(
+            dsn=database.dsn,
+            app=address,
+            shards=layout,
+            consumers_per_shard=consumers_per_shard,
+            settings=settings,
+            log_level=log_level,
+        )
+        Supervisor(config, on_up=lambda up: _say_up(terminal, up, app, database)).run()
+    terminal.note("the cluster has stopped")
+    return 0
+
+
+def loaded(address: str) -> App:
+    """The App at ``address``, if there is anything in it to run. Raises AppError."""
+    app = load_app(address)
+    if not app.machines:
+        raise AppError(f"--app {address}: app '{app.name}' has no workflow; declare one with app.machine(…)")
+    return app
+
+
+def overridden(settings: Settings, words: Sequence[str]) -> Settings:
+    """``settings`` with each ``name=value`` of ``words``. Raises BadUsage."""
+    given: dict[str, object] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in Settings.__struct_fields__:
+            known = ", ".join(Settings.__struct_fields__)
+            raise BadUsage(f"--set {word}: no setting '{name}'; there are {known}")
+        kind = type(getattr(settings, name))
+        try:
+            given[name] = msgspec.convert(text, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise BadUsage(
+                f"--set {word}: '{text}' is no {kind.__name__}, such as {getattr(settings, name)}"
+            ) from error
+        if not 0 < float(str(given[name])) < float("inf"):
+            raise BadUsage(f"--set {word}: choose a number above zero")
+    return msgspec.structs.replace(settings, **given)
+
+
+def prepare(database: Database, *, shards: int | None, with_roles: bool, is_example: bool) -> int:
+    """A database that a cluster can start on; the number of its shards.
+
+    The local one gets its schema here. In anybody's real database nothing is made silently: that raises NotInstalled.
+    """
+    with database.connect("start") as connection:
+        if database.is_local:
+            known = schema.installed_shards(connection)
+            schema.install(connection, shards=known or shards or schema.DEFAULT_SHARDS, with_roles=with_roles)
+        layout = schema.demand_installed(connection, shards=shards)
+        if is_example and database.is_local:
+            northwind.prepare(connection)
+        elif is_example and not install.has_example_tables(connection):
+            raise NotInstalled(
+                f"the bundled examples need tables that {database.name} lacks: run 'durable-cluster init --examples' on it,"
+                " or name your own app with --app module:app"
+            )
+        return layout
+
+
+def _say_up(terminal: Terminal, supervisor: Supervisor, app: App, database: Database) -> None:
+    children = list(supervisor.pids.values())
+    up = Up(
+        pid=os.getpid(),
+        shards=supervisor.config.shards,
+        processes=len(children) + 1,
+        connections=len(children) + 1,  # one each, and no pool
+        memory_mib=round(resident_memory_mib([os.getpid(), *children]), 1),
+        app=supervisor.config.app,
+        workflows=list(app.machines),
+        database=database.name,
+    )
+    shards = "1 shard" if up.shards == 1 else f"{up.shards} shards"
+    lines = [
+        f"up: {shards}, {up.processes} processes, {up.connections} connections, {up.memory_mib:,.0f} MiB",
+        f"  app       {up.app} ({', '.join(up.workflows)})",
+        f"  database  {up.database}",
+        f"  stop      Ctrl-C, or 'durable-cluster stop' (pid {up.pid})",
+    ]
+    terminal.answer(up, lines)

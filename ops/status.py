@@ -1,0 +1,66 @@
+"""``status``: the cluster at a glance, shard by shard, and its workflows by type."""
+
+from __future__ import annotations
+
+import msgspec
+
+from durable_cluster import schema
+from durable_cluster.ops import lookups
+from durable_cluster.ops.lookups import ShardStatus, Total
+from durable_cluster.ops.running import running_pid
+from durable_cluster.ops.target import Target
+from durable_cluster.ops.terminal import Terminal, elapsed, table
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of ``status``. ``pid``: the supervisor that runs from this data directory, if one does."""
+
+    database: str
+    server_version: str
+    pid: int | None
+    shards: list[ShardStatus]
+    workflows: list[Total]
+
+
+def status(terminal: Terminal, target: Target) -> int:
+    """Read it once."""
+    with target.opened() as database, database.connect("status") as connection:
+        schema.demand_installed(connection)
+        found = Status(
+            database=database.name,
+            server_version=lookups.setting(connection, "server_version"),
+            pid=running_pid(target.data),
+            shards=lookups.shard_statuses(connection),
+            workflows=lookups.totals(connection),
+        )
+    terminal.answer(found, _lines(found))
+    return 0
+
+
+def _lines(found: Status) -> list[str]:
+    here = f"runs here (pid {found.pid})" if found.pid else "is not run from this directory"
+    shards = [
+        (
+            one.shard,
+            "waiting" if one.has_work else "empty",
+            one.windows,
+            one.silent_windows,
+            one.consumers,
+            elapsed(one.tick_age_s),
+        )
+        for one in found.shards
+    ]
+    return [
+        f"{found.database}, PostgreSQL {found.server_version}; the cluster {here}",
+        "",
+        *table(("shard", "log", "windows", "silent", "consumers", "last tick"), shards),
+        "",
+        *(
+            table(
+                ("workflow", "status", "workflows"),
+                [(one.workflow, one.status, one.workflows) for one in found.workflows],
+            )
+            if found.workflows
+            else ["no workflows yet"]
+        ),
+    ]
