@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.errors import ObjectInUse
 
 from durable_cluster import statements, telemetry
 from durable_cluster.database import connect_worker
@@ -44,6 +45,7 @@ class Consumer:
         self._dsn = dsn
         self._machines = machines
         self._settings = settings
+        self._limits = {"lines_max": settings.page_lines_max, "bytes_max": settings.page_bytes_max}
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = connect_worker(dsn, name=f"durable-cluster shard {shard} starting", settings=settings)
         self._pages = PageRunner(self._connection, machines, settings)
@@ -116,44 +118,56 @@ class Consumer:
         return True
 
     def close(self) -> None:
-        """Take its names back and close the connection; safe twice."""
+        """Set what it holds free for others at once, take its names back and close the connection; safe twice."""
         if self._connection.closed:
             return
-        for shard in self._joined:
-            try:
-                statements.leave_shard(self._connection, shard, self._member)
-            except psycopg.Error as error:
-                logger.debug("the engine keeps %s on shard %d: %s", self._member[:5], shard, error)
+        try:
+            statements.abandon(self._connection, self.owner)
+            for shard in self._joined:
+                self._leave(shard)
+        except psycopg.Error as error:
+            logger.warning("shard %d: its windows could not be handed back: %s", self.home, type(error).__name__)
         self._pages.close()
         self._connection.close()
 
-    def _drain(self, shard: int, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
-        settings = self._settings
-        limits = {"lines_max": settings.page_lines_max, "bytes_max": settings.page_bytes_max}
+    def _leave(self, shard: int) -> None:
         try:
-            text = self._claim(shard, limits)
-            self._has_appended[shard] = False
-            has_work = text is not None
+            statements.leave_shard(self._connection, shard, self._member)
+        except ObjectInUse:
+            logger.debug("shard %d: a window still bears this name; maintenance sweeps it later", shard)
+
+    def _drain(self, shard: int, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
+        """Claim a window and run its pages. Only being stopped leaves one open: a living owner's window is nobody else's."""
+        try:
+            text = self._claim(shard)
+            if text is None:
+                return False
             while text is not None:
                 on_page()
-                page = decode_page(text)
-                with telemetry.page_span(shard, page):
-                    done = self._pages.run(Window(shard=shard, owner=self.owner), page)
-                self.steps += done.steps
-                self._has_appended[shard] = done.ended < done.steps
-                if done.is_window_finished or should_stop():
-                    break
-                text = statements.page(self._connection, batch=page.header.batch, owner=self.owner, **limits)
+                text = self._run_page(shard, text, should_stop)
         except BatchLost as lost:
             logger.warning("shard %d: %s", shard, lost)
+            statements.abandon(self._connection, self.owner)
             self.reincarnate()
-            return True
+        except NOBODYS_FAULT as conflict:
+            logger.info("shard %d: %s in a claim; again", shard, type(conflict).__name__)
+        return True
+
+    def _run_page(self, shard: int, text: str, should_stop: Callable[[], bool]) -> str | None:
+        """Run one page; the text of the window's next, or None when it is finished or we are to stop."""
+        page = decode_page(text)
+        try:
+            with telemetry.page_span(shard, page):
+                done = self._pages.run(Window(shard=shard, owner=self.owner), page)
+            self.steps += done.steps
+            self._has_appended[shard] = done.ended < done.steps
+            if done.is_window_finished or should_stop():
+                return None
         except NOBODYS_FAULT as conflict:
             logger.info("shard %d: %s; the page is read again", shard, type(conflict).__name__)
-            return True
-        return has_work
+        return statements.page(self._connection, batch=page.header.batch, owner=self.owner, **self._limits)
 
-    def _claim(self, shard: int, limits: dict[str, int]) -> str | None:
+    def _claim(self, shard: int) -> str | None:
         if shard not in self._joined:
             statements.join_shard(self._connection, shard, self._member)
             self._joined.append(shard)
@@ -167,8 +181,8 @@ class Consumer:
             member=self._member,
             owner=self.owner,
             dead_interval=self._dead if is_probing else None,
-            is_expected=self._has_appended.get(shard, False),
-            **limits,
+            is_expected=self._has_appended.pop(shard, False),
+            **self._limits,
         )
 
     def _has_work(self) -> bool:

@@ -131,7 +131,7 @@ def _consumer(config: ClusterConfig, shard: int, orders: Orders) -> Callable[[],
                 logger.warning("shard %d: %s; a new connection in %.1f s", shard, _first_line(error), pause_s)
                 orders.pipe.poll(pause_s)
                 current = _reconnected(current, config, orders)
-        _hand_back(current)
+        current.close()
 
     return run
 
@@ -182,15 +182,6 @@ def _reconnected(lost: Consumer, config: ClusterConfig, orders: Orders) -> Consu
             time.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(RECONNECT_S_MAX, pause_s * 2)
     return lost
-
-
-def _hand_back(consumer: Consumer) -> None:
-    """A drained consumer's open window goes to a sibling at once."""
-    try:
-        statements.abandon(consumer.connection, consumer.owner)
-    except psycopg.Error as error:
-        logger.warning("shard %d: its window could not be handed back: %s", consumer.home, _first_line(error))
-    consumer.close()
 
 
 def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:

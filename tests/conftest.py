@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
+
 from durable_cluster import schema
 from durable_cluster.embedded import EmbeddedPostgres
-from psycopg.conninfo import make_conninfo
 
 SHARDS = 2
 TEMPLATE = "durable_template"
