@@ -23,7 +23,9 @@ from durable_cluster.settings import environment
 from durable_cluster.statements import State
 
 POLL_S_MIN = 0.002
+POLL_S_FREQUENT = 0.02
 POLL_S_MAX = 0.25
+FREQUENT_POLLS_S = 1.0
 POLL_GROWTH = 1.5
 
 
@@ -150,7 +152,8 @@ class Handle:
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end, at most ``timeout`` seconds, and return the output (plain JSON values).
 
-        Raises WorkflowFailed, ResultTimeout. Reads only: every 2 ms at first, then up to every 250 ms.
+        Raises WorkflowFailed, ResultTimeout. Reads only: every 2 to 20 ms for the first second, then up
+        to every 250 ms.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for pause in _pauses():
@@ -198,7 +201,8 @@ class Handle:
 
 
 def _pauses() -> Generator[float, None, None]:
-    pause = POLL_S_MIN
+    pause, waited = POLL_S_MIN, 0.0
     while True:
         yield pause
-        pause = min(pause * POLL_GROWTH, POLL_S_MAX)
+        waited += pause
+        pause = min(pause * POLL_GROWTH, POLL_S_MAX if waited > FREQUENT_POLLS_S else POLL_S_FREQUENT)

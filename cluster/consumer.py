@@ -53,6 +53,7 @@ class Consumer:
         self._has_appended: dict[int, bool] = {}
         self._listening: set[int] = set()
         self._is_asleep = False
+        self._may_have_work = True
         self._probe_takeover_at = 0.0
         self._member = ""
         self.reincarnate()
@@ -82,6 +83,7 @@ class Consumer:
         if shard not in self.shards:
             self.shards = [*self.shards, shard]
             self._is_asleep = False
+        self._may_have_work = True
         self._probe_takeover_at = 0.0
 
     def release(self, shard: int) -> None:
@@ -93,8 +95,10 @@ class Consumer:
 
         ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays its owner's.
         """
-        found = [self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)]
-        return any(found)
+        if self._may_have_work:  # a claim takes a transaction id, so an idle consumer only probes
+            self._may_have_work = any([self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)])  # noqa: C419
+            return self._may_have_work
+        return False
 
     def wait(self, idle_s: float, wakeups: Sequence[int] = ()) -> bool:
         """Wait until there may be work, or one of the file descriptors ``wakeups`` is ready, or a pause is over.
@@ -109,13 +113,13 @@ class Consumer:
             pause_s = min(self._settings.idle_poll_s_max, (idle_s - busy_s) / 2 + POLL_S_BUSY_MAX)
             if not self._is_asleep:
                 self._fall_asleep()
-        if not self._has_work():
+        self._may_have_work = self._has_work()
+        if not self._may_have_work:
             self._pause(pause_s, wakeups)
-            if not self._has_work():
-                return False
-        if self._is_asleep:
+            self._may_have_work = self._has_work()
+        if self._may_have_work and self._is_asleep:
             self._wake_up()
-        return True
+        return self._may_have_work
 
     def close(self) -> None:
         """Set what it holds free for others at once, take its names back and close the connection; safe twice."""

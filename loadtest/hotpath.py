@@ -12,7 +12,8 @@ is not counted; every round is sized by the one before it. After the rounds the 
 alone, on all that is logged by then, for the latency of a step.
 
 Keys of the answer, beside what their names say:
-    p_rows_per_s            INSERT … SELECT of the same lines, one a row, one session, same server, between the rounds
+    p_rows_per_s            P: INSERT … SELECT of the same lines, one a row, into a table like the log's, between the rounds
+    heap_rows_per_s         the same into a bare heap without an index (no log, but the least that storing them costs)
     cpu_us_per_step         user and system time of consumers, supervisor, their backends and the server's own processes,
                             over the rounds; null if the server is on another machine
     wal_bytes_per_step      WAL written over the rounds, whatever it was written for
@@ -57,6 +58,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     steps_per_s: float
     p_rows_per_s: float
+    heap_rows_per_s: float
     p_ratio: float
     cpu_us_per_step: float | None
     wal_bytes_per_step: float
@@ -99,7 +101,7 @@ class Hotpath:
         warm_up = self._round(self._processes * WARM_UP_WORKFLOWS_A_PROCESS)
         say(f"warm-up: {warm_up.steps_per_s:,.0f} steps/s")
         payload_bytes = measure.prepare_yardstick(self._connection)
-        rounds, p_rows_per_s = self._rounds(warm_up, seconds=seconds / ROUNDS)
+        rounds, p_rows_per_s, heap_rows_per_s = self._rounds(warm_up, seconds=seconds / ROUNDS)
         changed = measure.settled_changed_rows(self._connection, finished=self._workflows) - changed_before
         changed_per_step = changed / (self._workflows * workloads.STEPS)
         idle_xids_per_s = measure.idle_xids_per_s(self._connection, seconds=max(IDLE_S_MIN, seconds * IDLE_SHARE))
@@ -113,6 +115,7 @@ class Hotpath:
         return Report(
             steps_per_s=round(steps_per_s, 1),
             p_rows_per_s=round(p_rows_per_s, 1),
+            heap_rows_per_s=round(heap_rows_per_s, 1),
             p_ratio=round(steps_per_s / p_rows_per_s, 4),
             cpu_us_per_step=round(sum(cpu_s) / steps * 1e6, 2) if len(cpu_s) == len(rounds) else None,
             wal_bytes_per_step=round(sum(one.span.wal_bytes for one in rounds) / steps, 1),
@@ -128,18 +131,19 @@ class Hotpath:
             git_commit=git_commit(),
         )
 
-    def _rounds(self, warm_up: Round, *, seconds: float) -> tuple[list[Round], float]:
-        """The five rounds of about so many seconds each, every one sized by the one before; and the median P between them."""
-        rounds, p_rows = [warm_up], []
+    def _rounds(self, warm_up: Round, *, seconds: float) -> tuple[list[Round], float, float]:
+        """Five rounds of about so many seconds each, sized by the one before; the medians of P and of the heap between them."""
+        rounds, p_rows, heap_rows = [warm_up], [], []
         for number in range(1, ROUNDS + 1):
             workflows = int(rounds[-1].steps_per_s * seconds / workloads.STEPS)
             rounds.append(self._round(min(WORKFLOWS_MAX, max(WORKFLOWS_MIN, workflows))))
             p_rows.append(measure.p_rows_per_s(self._connection, seconds=seconds * P_SHARE))
+            heap_rows.append(measure.heap_rows_per_s(self._connection, seconds=seconds * P_SHARE))
             say(
                 f"round {number} of {ROUNDS}: {rounds[-1].steps_per_s:,.0f} steps/s in {rounds[-1].span.seconds:.1f} s,"
                 f" P {p_rows[-1]:,.0f} rows/s"
             )
-        return rounds[1:], median(p_rows)
+        return rounds[1:], median(p_rows), median(heap_rows)
 
     def _round(self, workflows: int) -> Round:
         """Load a backlog, and measure from its commit until it is drained."""

@@ -1,8 +1,9 @@
-"""What is measured by: processor time, log bytes, changed rows, transaction ids, and the yardstick P.
+"""What is measured by: processor time, log bytes, changed rows, transaction ids, and two yardsticks.
 
 P is how many rows a second one session of the same server takes by INSERT … SELECT, durably, when the rows are the very lines
-the product stored, one a row: an ordinary logged heap without an index, a commit every 10,000 rows. It is the most favourable
-way to store the same bytes, and not a queue.
+the product stored, one a row, in a table with the columns and the index of the log: what a log of a row a step would cost if
+nobody read it and no step ran. The heap is the same with the line as its only column and no index: the most favourable way to
+store the same bytes, and not a log. Both commit every 10,000 rows.
 """
 
 from __future__ import annotations
@@ -92,12 +93,18 @@ def _cpu_s(task: str) -> float:
 
 def prepare_yardstick(connection: Connection) -> float:
     """Keep a random sample of the lines that the log holds now, for P; the average bytes of all of them."""
-    prefixes = connection.execute("select queue_data_pfx from pgque.queue where queue_name like 'durable\\_%'")
+    prefixes = connection.execute(
+        "select queue_data_pfx from pgque.queue where queue_name like 'durable\\_%'"
+    ).fetchall()
     lines = " union all ".join(
         f"select l.line from {prefix} e, string_to_table(e.ev_data, E'\\n') l(line)" for (prefix,) in prefixes
     )
     connection.execute("create schema loadtest")
-    connection.execute("create table loadtest.p (line text not null) with (autovacuum_enabled = off)")
+    connection.execute("create table loadtest.heap (line text not null) with (autovacuum_enabled = off)")
+    connection.execute("create sequence loadtest.p_id")
+    connection.execute(f"create table loadtest.p (like {prefixes[0][0]} including defaults including storage)".encode())
+    connection.execute("alter table loadtest.p set (autovacuum_enabled = off)")
+    connection.execute("create index on loadtest.p (ev_txid, ev_id)")
     connection.execute(f"create unlogged table loadtest.lines as {lines}".encode())
     row = connection.execute("select avg(octet_length(line)) from loadtest.lines").fetchone()
     connection.execute(
@@ -114,11 +121,27 @@ def prepare_yardstick(connection: Connection) -> float:
 
 def p_rows_per_s(connection: Connection, *, seconds: float) -> float:
     """P, measured for so many seconds on an emptied table."""
-    connection.execute("truncate loadtest.p")
+    return _rows_per_s(
+        connection,
+        "loadtest.p",
+        "insert into loadtest.p (ev_id, ev_type, ev_data, ev_extra1)"
+        " select nextval('loadtest.p_id'), 'steps', line, '1' from loadtest.sample",
+        seconds=seconds,
+    )
+
+
+def heap_rows_per_s(connection: Connection, *, seconds: float) -> float:
+    """The heap, measured for so many seconds on an emptied table."""
+    insert = "insert into loadtest.heap select line from loadtest.sample"
+    return _rows_per_s(connection, "loadtest.heap", insert, seconds=seconds)
+
+
+def _rows_per_s(connection: Connection, table: str, insert: str, *, seconds: float) -> float:
+    connection.execute(f"truncate {table}".encode())
     rows = 0
     begin = time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds:
-        rows += connection.execute("insert into loadtest.p select line from loadtest.sample").rowcount
+        rows += connection.execute(insert.encode()).rowcount
     return rows / spent
 
 

@@ -30,12 +30,15 @@ returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
+declare
+    v_are_ids boolean;
 begin
     if current_setting('durable.fenced', true) is distinct from i_batch || ' ' || i_owner || ' ' || i_done::text then
         raise exception 'batch %: the transaction of its page was ended by a step (commit or rollback); nothing was handed on',
             i_batch using errcode = 'DC001';
     end if;
     perform set_config('durable.fenced', '', true);
+    v_are_ids := i_ids ~ '^([0-9a-f]{32}\n?)*$';
     if cardinality(i_counts) = 1 then
         perform durable.append(i_shard, i_steps, i_counts[1]);
     else
@@ -48,7 +51,7 @@ begin
         from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_statuses, E'\n'), string_to_table(i_outputs, E'\n'))
             q(id, status, output)
         -- A line that somebody put into the log by hand must not stop the page; the first end of a workflow stands.
-        where q.id ~ '^[0-9a-f]{32}$'
+        where v_are_ids or q.id ~ '^[0-9a-f]{32}$'
         on conflict do nothing;
     end if;
     if i_is_last then
