@@ -32,10 +32,9 @@ def connect(dsn: str, *, name: str) -> psycopg.Connection[Any]:
             keepalives_interval=5,
             keepalives_count=3,
         )
-    except psycopg.ProgrammingError as error:
-        raise ConfigurationError(
-            f"the DSN cannot be read ({error}); write it as postgresql://user@host/database"
-        ) from error
+    except psycopg.ProgrammingError:
+        # Neither the DSN nor what libpq says of it may be repeated: both can hold a password.
+        raise ConfigurationError("the DSN cannot be read; write it as postgresql://user@host/database") from None
     except psycopg.OperationalError as error:
         raise ConnectionFailed(f"cannot connect to {server_name(dsn)}: {_first_line(error)}") from error
 

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template(server: str) -> str:
+def template(server: str) -> Iterator[str]:
     """The name of a database with everything installed, for two shards."""
     name = f"{TEMPLATE}_{os.getpid()}"
     with psycopg.connect(server, autocommit=True) as admin:
@@ -44,7 +44,9 @@ def template(server: str) -> str:
         admin.execute(f"create database {name}")
     with psycopg.connect(make_conninfo(server, dbname=name), autocommit=True) as connection:
         schema.install(connection, shards=SHARDS)
-    return name
+    yield name
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"drop database if exists {name} with (force)")
 
 
 @pytest.fixture

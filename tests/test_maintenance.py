@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import psycopg
+
 from durable_cluster import App, Context, Continuation, Handle, statements
 from durable_cluster.shards import maintenance
 

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
-from durable_cluster import App, Context, Continuation, schema
-from durable_cluster.consumer import Consumer
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege
+
+from durable_cluster import App, Context, Continuation, schema
+from durable_cluster.consumer import Consumer
 
 
 @pytest.fixture

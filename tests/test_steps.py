@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import psycopg
 import pytest
+
 from durable_cluster import App, Context, Continuation, WorkflowFailed
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from durable_cluster import telemetry
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from durable_cluster import telemetry
 
 WORKFLOWS = 1000
 

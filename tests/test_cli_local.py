@@ -1,0 +1,50 @@
+"""The newcomer's way: no database named, so the command makes a local one, and the bundled examples run on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="clusters run on Linux")
+
+COMMAND = [sys.executable, "-m", "durable_cluster.ops"]
+
+
+def test_start_alone_runs_the_examples_on_a_local_database_that_keeps_its_data(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("DURABLE_DSN", "DURABLE_DATA")}
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *words], cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=90
+        )
+
+    starting = [*COMMAND, "start", "--shards", "1"]
+    with subprocess.Popen(starting, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE) as cluster:
+        assert cluster.stdout is not None
+        up = [cluster.stdout.readline() for _ in range(4)]
+        assert re.match(r"up: 1 shards?, 3 processes, 3 connections, \d+ MiB", up[0])
+        assert "(order, restock)" in up[1]
+        assert "local Postgres in .durable" in up[2]
+        assert f"(pid {cluster.pid})" in up[3]
+
+        done = ask("run", "restock", "--input", '{"product_id": 1, "delivery": 0}', "--wait", "--json")
+        assert msgspec.json.decode(done.stdout)["status"] == "completed", done.stderr
+        assert ask("psql", "-XAtc", "select count(*) from durable.finished").stdout == "1\n"
+
+        second = ask("start")
+        assert second.returncode == 1
+        assert f"a cluster runs from .durable already (pid {cluster.pid})" in second.stderr
+        assert ask("stop").returncode == 0
+        assert cluster.wait(10) == 0
+
+    assert len(msgspec.json.decode(ask("list", "--json").stdout)) == 1
+    refused = ask("start", "--shards", "2")
+    assert refused.returncode == 1
+    assert "laid out for 1 shards, not 2" in refused.stderr
+    assert "reshard" in refused.stderr
