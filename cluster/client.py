@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster import statements
+from durable_cluster import schema, statements
 from durable_cluster.context import short_id
 from durable_cluster.database import connect
 from durable_cluster.embedded import EmbeddedPostgres
@@ -51,15 +51,16 @@ class Client:
 
     @property
     def dsn(self) -> str:
-        """The database's DSN; starts or attaches the local Postgres if nothing else was named."""
+        """The database's DSN. If nothing else was named: the local Postgres, started and with the schema in it."""
         with self._lock:
             known = self._dsn or environment().dsn
             if known:
                 return known
             if self._embedded is None:
                 here = environment()
-                self._embedded = EmbeddedPostgres(self._data or here.data, here.pg_bin)
-                self._embedded.start()
+                embedded = EmbeddedPostgres(self._data or here.data, here.pg_bin)
+                schema.install_if_needed(embedded.start())
+                self._embedded = embedded
             return self._embedded.dsn
 
     def connection(self) -> psycopg.Connection[Any]:

@@ -18,8 +18,6 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
     """Run until nothing is ready, the limit is over, or for ever. Steps run."""
     dsn = app.client.dsn
     with connect(dsn, name="durable-cluster run") as connection:
-        if app.client.is_embedded:
-            schema.install(connection, shards=schema.installed_shards(connection) or schema.DEFAULT_SHARDS)
         shards = schema.demand_installed(connection)
     stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
 

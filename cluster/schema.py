@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from durable_cluster.database import connect
 from durable_cluster.errors import DatabaseError, NotInstalled, SchemaMismatch
 from durable_cluster.settings import checked_shards
 from durable_cluster.sql import DURABLE, ENGINE, MIGRATIONS, read
@@ -24,6 +25,8 @@ ROLES = (
     "durable_operator",
     "durable_viewer",
 )
+
+FUNCTIONS = [("engine", name) for name in ENGINE] + [("durable", name) for name in DURABLE]
 
 Connection = psycopg.Connection[Any]
 
@@ -44,10 +47,14 @@ def install(connection: Connection, *, shards: int, with_roles: bool = True) -> 
         if not with_roles:
             connection.execute("select set_config('durable.no_roles', 'on', true)")
         ran = _migrate(connection)
-        for folder, names in (("engine", ENGINE), ("durable", DURABLE)):
-            for name in names:
-                _execute(connection, folder, name)
+        for folder, name in FUNCTIONS:
+            _execute(connection, folder, name)
         _drop_stale_functions(connection)
+        connection.execute(
+            "insert into durable.functions (digest) values (%s)"
+            " on conflict (one) do update set digest = excluded.digest, installed_at = now()",
+            (_functions_digest(),),
+        )
         try:
             connection.execute("select durable.lay_out(%s)", (shards,))
         except psycopg.Error as error:
@@ -56,6 +63,20 @@ def install(connection: Connection, *, shards: int, with_roles: bool = True) -> 
             raise
         connection.execute("select durable.add_partitions()")
     return ran
+
+
+def install_if_needed(dsn: str) -> None:
+    """What the local Postgres gets without being asked: the schema, or this version of it."""
+    with connect(dsn, name="durable-cluster init") as connection:
+        if not is_current(connection):
+            install(connection, shards=installed_shards(connection) or DEFAULT_SHARDS)
+
+
+def is_current(connection: Connection) -> bool:
+    """Whether the database holds this very version: its migrations and the text of its functions."""
+    if not _exists(connection, "durable.functions") or set(_applied(connection)) != set(MIGRATIONS):
+        return False
+    return connection.execute("select digest from durable.functions").fetchone() == (_functions_digest(),)
 
 
 def uninstall(connection: Connection) -> None:
@@ -132,6 +153,10 @@ def _exists(connection: Connection, relation: str) -> bool:
 
 def _applied(connection: Connection) -> dict[str, str]:
     return dict(connection.execute("select name, digest from durable.migration order by name").fetchall())
+
+
+def _functions_digest() -> str:
+    return sha256("".join(read(folder, name) for folder, name in FUNCTIONS).encode()).hexdigest()
 
 
 def _execute(connection: Connection, folder: str, name: str) -> None:

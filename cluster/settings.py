@@ -30,7 +30,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     busy_poll_s: float = 1.0
     takeover_probe_s: float = 2.0
     maintenance_s: float = 5.0
-    lock_timeout_ms: int = 2_000
+    lock_timeout_ms: int = 5_000
     restarts_max: int = 20
     restart_window_s: float = 60.0
 

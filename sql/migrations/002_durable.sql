@@ -7,6 +7,13 @@ create table durable.cluster (
     installed_at timestamptz not null default clock_timestamp()
 );
 
+-- Which text the functions were installed from: they are replaced whole, so one digest tells.
+create table durable.functions (
+    one boolean primary key default true check (one),
+    digest text not null,
+    installed_at timestamptz not null default now()
+);
+
 -- Locked by each claim, never updated: a lock leaves no dead row behind.
 create table durable.shard (
     shard int primary key,
