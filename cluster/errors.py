@@ -89,6 +89,7 @@ BY_SQLSTATE: dict[str, type[DurableError]] = {
     "DC002": InputError,
     "DC003": UnknownWorkflow,
     "DC004": ConfigurationError,
+    "DC005": SchemaMismatch,
     "3F000": NotInstalled,  # invalid_schema_name
     "42P01": NotInstalled,  # undefined_table
     "42883": NotInstalled,  # undefined_function

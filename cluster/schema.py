@@ -7,9 +7,11 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.errors import DependentObjectsStillExist
+from psycopg.pq import TransactionStatus
 
 from durable_cluster.database import connect
-from durable_cluster.errors import DatabaseError, NotInstalled, SchemaMismatch
+from durable_cluster.errors import DatabaseError, NotInstalled, SchemaMismatch, translated
 from durable_cluster.settings import checked_shards
 from durable_cluster.sql import DURABLE, ENGINE, MIGRATIONS, read
 
@@ -24,6 +26,22 @@ ROLES = (
     "durable_worker",
     "durable_operator",
     "durable_viewer",
+)
+
+OUR_FUNCTIONS = (
+    "select p.oid::regprocedure::text, p.ctid::text from pg_proc p join pg_namespace n on n.oid = p.pronamespace"
+    " where n.nspname in ('durable', 'pgque')"
+)
+_RELATIONS = (
+    "select c.oid::regclass::text from pg_class c join pg_namespace n on n.oid = c.relnamespace"
+    " where n.nspname in ('durable', 'pgque') and c.relkind"
+)
+CONTENTS = (
+    ("routine", OUR_FUNCTIONS),
+    ("view", f"{_RELATIONS} = 'v'"),
+    ("table", f"{_RELATIONS} in ('r', 'p')"),
+    ("sequence", f"{_RELATIONS} = 'S'"),
+    ("type", f"{_RELATIONS} = 'c'"),
 )
 
 FUNCTIONS = [("engine", name) for name in ENGINE] + [("durable", name) for name in DURABLE]
@@ -41,26 +59,18 @@ def install(connection: Connection, *, shards: int, with_roles: bool = True) -> 
         raise DatabaseError(
             f"PostgreSQL {connection.info.parameter_status('server_version')} is too old; 15 or later is needed"
         )
+    is_outermost = connection.info.transaction_status == TransactionStatus.IDLE
     with connection.transaction():
+        if is_outermost:
+            connection.execute("set transaction isolation level read committed")
         connection.execute("select pg_advisory_xact_lock(%s)", (INSTALL_LOCK,))
         connection.execute("select set_config('client_min_messages', 'warning', true)")
         if not with_roles:
             connection.execute("select set_config('durable.no_roles', 'on', true)")
         ran = _migrate(connection)
-        for folder, name in FUNCTIONS:
-            _execute(connection, folder, name)
-        _drop_stale_functions(connection)
-        connection.execute(
-            "insert into durable.functions (digest) values (%s)"
-            " on conflict (one) do update set digest = excluded.digest, installed_at = now()",
-            (_functions_digest(),),
-        )
-        try:
+        _replace_functions(connection)
+        with translated():
             connection.execute("select durable.lay_out(%s)", (shards,))
-        except psycopg.Error as error:
-            if error.sqlstate == "DC004":
-                raise SchemaMismatch(error.diag.message_primary or str(error)) from error
-            raise
         connection.execute("select durable.add_partitions()")
     return ran
 
@@ -80,14 +90,23 @@ def is_current(connection: Connection) -> bool:
 
 
 def uninstall(connection: Connection) -> None:
-    """Remove our two schemas and, where no other database uses them, our roles; nothing else. Raises NotInstalled."""
+    """Remove our two schemas and, where no other database uses them, our roles; nothing else.
+
+    Raises NotInstalled, and DatabaseError naming what of the user's depends on ours.
+    """
     if installed_shards(connection) is None:
         raise NotInstalled("there is no durable schema in this database; nothing was removed")
-    with connection.transaction():
-        connection.execute("select pg_advisory_xact_lock(%s)", (INSTALL_LOCK,))
-        connection.execute("select set_config('client_min_messages', 'warning', true)")
-        connection.execute("drop schema durable cascade")
-        connection.execute("drop schema pgque cascade")
+    try:
+        with connection.transaction():
+            connection.execute("select pg_advisory_xact_lock(%s)", (INSTALL_LOCK,))
+            connection.execute("select set_config('client_min_messages', 'warning', true)")
+            _drop_contents(connection)
+            connection.execute("drop schema durable")
+            connection.execute("drop schema pgque")
+    except DependentObjectsStillExist as error:
+        raise DatabaseError(
+            f"something of yours depends on the durable schema; drop it first, nothing was removed: {error.diag.message_detail}"
+        ) from error
     for role in reversed(ROLES):
         try:
             connection.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
@@ -163,12 +182,28 @@ def _execute(connection: Connection, folder: str, name: str) -> None:
     connection.execute(read(folder, name).encode())
 
 
-def _drop_stale_functions(connection: Connection) -> None:
-    """Functions of an earlier version that this install did not write again: their rows are not of this transaction."""
-    stale = connection.execute(
-        "select p.oid::regprocedure::text, p.prokind from pg_proc p join pg_namespace n on n.oid = p.pronamespace"
-        " where n.nspname in ('durable', 'pgque') and p.xmin::text <> (pg_current_xact_id()::text::bigint % 4294967296)::text"
-    ).fetchall()
-    for signature, kind in stale:
-        what = "procedure" if kind == "p" else "function"
-        connection.execute(f"drop {what} {signature}".encode())
+def _replace_functions(connection: Connection) -> None:
+    """Write every function again, drop those that this version no longer has, and then grant."""
+    before = dict(connection.execute(OUR_FUNCTIONS).fetchall())
+    for folder, name in FUNCTIONS:
+        if name != "grants":
+            _execute(connection, folder, name)
+    for signature, place in connection.execute(OUR_FUNCTIONS).fetchall():
+        if before.get(signature) == place:  # its row is where it was: nobody has written it again
+            connection.execute(f"drop routine {signature}".encode())
+    for folder, name in FUNCTIONS:
+        if name == "grants":
+            _execute(connection, folder, name)
+    connection.execute(
+        "insert into durable.functions (digest) values (%s)"
+        " on conflict (one) do update set digest = excluded.digest, installed_at = now()",
+        (_functions_digest(),),
+    )
+
+
+def _drop_contents(connection: Connection) -> None:
+    """Drop what is in our schemas kind by kind, without cascade: what of the user's depends on it is an error."""
+    for kind, query in CONTENTS:
+        names = [row[0] for row in connection.execute(query.encode())]
+        if names:
+            connection.execute(f"drop {kind} {', '.join(names)}".encode())

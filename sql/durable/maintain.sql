@@ -6,12 +6,20 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_name text;
+    v_has_rows boolean;
     v_made int := 0;
 begin
     for v_day in durable.today() - 1 .. durable.today() + i_days loop
         foreach v_name in array array['started', 'finished'] loop
             if to_regclass(format('durable.%s_%s', v_name, v_day)) is null then
                 execute format('create table durable.%1$s_%2$s (like durable.%1$s including all)', v_name, v_day);
+                -- A day that began without its partition has rows in the default one: they move, while nobody adds to them.
+                execute format('select exists (select 1 from durable.%s_default where day = %s)', v_name, v_day) into v_has_rows;
+                if v_has_rows then
+                    execute format('lock table durable.%s_default in share row exclusive mode', v_name);
+                    execute format('with moved as (delete from durable.%1$s_default where day = %2$s returning *)'
+                        ' insert into durable.%1$s_%2$s select * from moved', v_name, v_day);
+                end if;
                 execute format('alter table durable.%1$s attach partition durable.%1$s_%2$s for values from (%2$s) to (%3$s)',
                     v_name, v_day, v_day + 1);
                 v_made := v_made + 1;

@@ -47,7 +47,7 @@ begin
     if found then
         if v_shards <> i_shards then
             raise exception 'this database is laid out for % shards, not %; start with --shards %', v_shards, i_shards, v_shards
-                using errcode = 'DC004';
+                using errcode = 'DC005';
         end if;
         return;
     end if;
