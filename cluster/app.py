@@ -12,10 +12,10 @@ import msgspec
 import psycopg
 
 from durable_cluster.client import Client, Handle
-from durable_cluster.errors import AppError, UnknownWorkflow
+from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.runner import run_here
 from durable_cluster.settings import NAME_PATTERN, Settings
-from durable_cluster.types import Signature, encoded_input, signature_of
+from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -94,6 +94,7 @@ class Machine:
         """
         first = self._first()
         payload = self._payload(first, value)
+        key = None if key is None else checked_key(key)
         client = self.app.client
         workflow_id = client.start(self.name, self.version, first.name, payload, key=key, tx=tx)
         return Handle(client, self.name, workflow_id)
@@ -106,6 +107,9 @@ class Machine:
             return []
         first = self._first()
         payloads = [self._payload(first, value) for value in values]
+        if keys is not None and len(keys) != len(values):
+            raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
+        keys = None if keys is None else [checked_key(key) for key in keys]
         client = self.app.client
         ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, tx=tx)
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]

@@ -19,7 +19,7 @@ from psycopg.errors import ObjectInUse
 
 from durable_cluster import statements, telemetry
 from durable_cluster.database import connect_worker
-from durable_cluster.envelope import decode_page
+from durable_cluster.envelope import AmbiguousPage, decode_page, header_of
 from durable_cluster.errors import BatchLost
 from durable_cluster.handoff import NOBODYS_FAULT, Window
 from durable_cluster.page import PageRunner
@@ -159,7 +159,12 @@ class Consumer:
 
     def _run_page(self, shard: int, text: str, should_stop: Callable[[], bool]) -> str | None:
         """Run one page; the text of the window's next, or None when it is finished or we are to stop."""
-        page = decode_page(text)
+        try:
+            page = decode_page(text)
+        except AmbiguousPage:
+            batch = header_of(text).batch
+            text = statements.page(self._connection, batch=batch, owner=self.owner, **{**self._limits, "lines_max": 1})
+            page = decode_page(text)
         try:
             with telemetry.page_span(shard, page):
                 done = self._pages.run(Window(shard=shard, owner=self.owner), page)

@@ -7,6 +7,7 @@ step to run and the state it runs with. Fields this version does not know are to
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 
@@ -19,7 +20,7 @@ class Envelope(
 ):
     """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded."""
 
-    workflow_id: str
+    workflow_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
     seq: int
     workflow: str
     step: str
@@ -29,20 +30,28 @@ class Envelope(
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first line of a page's text: see ``durable.page``."""
+    """The first line of a page's text: see ``durable.page``. ``events``: their transaction and event ids."""
 
     batch: int
     takeovers: int
     done: tuple[str, int, int]
     last: bool
-    events: list[tuple[str, int, int]]
+    events: list[tuple[str, int]]
+
+
+class AmbiguousPage(Exception):
+    """An event holds the sign that stands between events: only a page of one event can be told apart. Not of our making."""
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Lines of one window from its cursor on. ``lines`` holds no line that is done; a line that is no envelope is ``None``."""
+    """Lines of one window from its cursor on. ``lines`` holds no line that is done; a line that is no envelope is ``None``.
+
+    ``counts``: how many lines each event has, those that are done included.
+    """
 
     header: Header
     lines: list[Envelope | None]
+    counts: list[int]
 
     def cursor(self, lines_done: int) -> str:
         """The window's cursor, in Postgres' form, after the first ``lines_done`` lines of this page."""
@@ -50,38 +59,55 @@ class Page(msgspec.Struct, frozen=True):
         if not lines_done:
             return f"({txid},{event_id},{line})"
         left = lines_done + line
-        for txid, event_id, lines in self.header.events:
-            if left < lines:
+        for (txid, event_id), count in zip(self.header.events, self.counts, strict=True):
+            if left < count:
                 return f"({txid},{event_id},{left})"
-            left -= lines
+            left -= count
         return f"({txid},{event_id + 1},0)"
 
 
 _header = msgspec.json.Decoder(Header)
 _envelope = msgspec.json.Decoder(Envelope)
+_syntax = msgspec.json.Decoder(msgspec.Raw)
 _encoder = msgspec.json.Encoder()
 
 
 def encode(value: object) -> bytes:
-    """``value`` as one line of JSON. Raises TypeError for what JSON cannot hold."""
-    return _encoder.encode(value)
+    """``value`` as one line of JSON. Raises TypeError or ValueError for what JSON cannot hold."""
+    encoded = _encoder.encode(value)
+    _syntax.decode(encoded)  # a msgspec.Raw goes in unseen: it must be JSON too
+    return encoded.replace(b"\n", b" ") if b"\n" in encoded else encoded
+
+
+def header_of(text: str) -> Header:
+    """The header of a page's text."""
+    return _header.decode(text.partition("\n")[0])
 
 
 def decode_page(text: str) -> Page:
-    """A page from the text of ``durable.claim`` or ``durable.page``."""
-    head, _, body = text.partition("\n")
-    header = _header.decode(head)
+    """A page from the text of ``durable.claim`` or ``durable.page``. Raises AmbiguousPage."""
+    header = header_of(text)
+    body = text.partition("\n")[2]
+    events = body.split("\f") if len(header.events) > 1 else [body] * len(header.events)
+    if len(events) != len(header.events):
+        raise AmbiguousPage
+    counts = [event.count("\n") + 1 for event in events]
+    lines = _decoded_lines("\n".join(events), sum(counts))
+    return Page(header, lines[header.done[2] :] if header.done[2] else lines, counts)
+
+
+def _decoded_lines(body: str, count: int) -> list[Envelope | None]:
     try:
         lines: list[Envelope | None] = list(_envelope.decode_lines(body))
-    except msgspec.DecodeError:
-        lines = [_decoded(line) for line in body.split("\n")]
-    return Page(header, lines[header.done[2] :] if header.done[2] else lines)
+    except (msgspec.DecodeError, UnicodeError):
+        lines = []
+    return lines if len(lines) == count else [_decoded(line) for line in body.split("\n")][:count]
 
 
 def _decoded(line: str) -> Envelope | None:
     try:
         return _envelope.decode(line)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ TRACEBACK_CHARS_MAX = 4_000
 REASON_CHARS_MAX = 1_000
 
 Result = Envelope | Outcome
+FAILURES = (Exception, asyncio.CancelledError)
+"""What a handler may raise to fail its own workflow. A cancellation is none of ours: nothing here cancels a step."""
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -54,7 +57,7 @@ def run(task: Task) -> Result:
     """Run a ``def`` step. What the handler raises is a failed step of this workflow alone."""
     try:
         return call(task)
-    except Exception as error:
+    except FAILURES as error:
         return failed(task.envelope, error)
 
 
@@ -62,7 +65,7 @@ async def run_async(task: Task) -> Result:
     """Run an ``async def`` step."""
     try:
         return conclude(task, await task.step.handler(*_arguments(task, None)))
-    except Exception as error:
+    except FAILURES as error:
         return failed(task.envelope, error)
 
 
@@ -91,7 +94,7 @@ def conclude(task: Task, returned: Continuation) -> Result:
 
 def failed(envelope: Envelope, error: BaseException) -> Outcome:
     """The terminal record of a workflow whose step raised ``error``."""
-    reason = str(error) if isinstance(error, DurableError) else f"{type(error).__name__}: {error}"
+    reason = _said(error) if isinstance(error, DurableError) else f"{type(error).__name__}: {_said(error)}"
     trace = "".join(traceback.format_exception(error))[-TRACEBACK_CHARS_MAX:]
     return failure(envelope, reason, trace=trace)
 
@@ -107,6 +110,13 @@ def failure(envelope: Envelope, reason: str, *, trace: str | None = None) -> Out
     if trace is not None:
         said["traceback"] = _clean(trace)
     return Outcome(envelope.workflow_id, "failed", encode(said).decode())
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(it cannot be printed)"
 
 
 def _clean(text: str) -> str:

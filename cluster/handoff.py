@@ -123,7 +123,7 @@ class Handoff:
         assert isinstance(task, Task)
         try:
             result = executor.call(task, self._connection)
-        except Exception as error:
+        except executor.FAILURES as error:
             if any(isinstance(cause, NOBODYS_FAULT) for cause in _causes(error)):
                 raise Conflict from error
             if self._connection.broken:

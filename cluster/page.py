@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import psycopg
@@ -22,6 +23,45 @@ if TYPE_CHECKING:
     from durable_cluster.app import Machine
 
 logger = logging.getLogger("durable_cluster.page")
+
+T = TypeVar("T")
+
+
+class AsyncRunner:
+    """The event loop of the async steps, kept from page to page.
+
+    It runs in this thread; where a loop runs here already, as in a notebook, in a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.Runner | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def submit(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run ``main()`` to its end."""
+        if self._loop is None:
+            self._loop = asyncio.Runner()
+            self._thread = ThreadPoolExecutor(1, "durable-async-steps") if _is_in_a_loop() else None
+        if self._thread is not None:
+            return self._thread.submit(self._loop.run, main()).result()
+        return self._loop.run(main())
+
+    def close(self) -> None:
+        """End the loop; safe twice."""
+        if self._loop is not None and self._thread is not None:
+            self._thread.submit(self._loop.close).result()
+            self._thread.shutdown()
+        elif self._loop is not None:
+            self._loop.close()
+        self._loop = self._thread = None
+
+
+def _is_in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class PageDone(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +82,7 @@ class PageRunner:
         self._machines = machines
         self._window_s = settings.page_window_ms / 1000
         self._handoff = Handoff(connection, settings)
-        self._loop: asyncio.Runner | None = None
+        self._runner = AsyncRunner()
 
     def run(self, window: Window, page: Page) -> PageDone:
         """Run as much of ``page`` as its time window lets begin, and commit it. Raises BatchLost."""
@@ -58,8 +98,7 @@ class PageRunner:
 
     def close(self) -> None:
         """End the event loop of the async steps."""
-        if self._loop is not None:
-            self._loop.close()
+        self._runner.close()
 
     def _phase_1(self, lines: Sequence[Envelope | None]) -> list[Slot]:
         """A slot for each line that the time window let begin. Transactional steps stay tasks: they run in phase 2."""
@@ -92,6 +131,4 @@ class PageRunner:
         async def all_of_them() -> list[Result]:
             return await asyncio.gather(*map(executor.run_async, tasks))
 
-        if self._loop is None:
-            self._loop = asyncio.Runner()
-        return self._loop.run(all_of_them())
+        return self._runner.submit(all_of_them)

@@ -10,6 +10,7 @@ import msgspec
 from durable_cluster.errors import ConfigurationError
 
 SHARDS_MAX = 64
+MAY_BE_ZERO = ("page_window_ms", "restarts_max")
 NAME_PATTERN = "[a-z0-9_.-]{1,57}"
 
 
@@ -33,6 +34,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lock_timeout_ms: int = 5_000
     restarts_max: int = 20
     restart_window_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+                raise ConfigurationError(f"setting {name}: {value} is out of range; it is more than zero")
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import typing
@@ -13,6 +14,8 @@ import msgspec
 from durable_cluster.context import Context
 from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError
+
+KEY_CHARS_MAX = 255
 
 
 class Signature(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +62,7 @@ def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, 
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not valid UTF-8: {error}") from error
     if type(value) is not decoder.type:
-        unknown = _unknown_path(msgspec.json.decode(encoded), msgspec.to_builtins(decoded), "")
+        unknown = _unknown_path(msgspec.json.decode(encoded), decoded, "")
         if unknown:
             raise InputError(f"{what} has a field '{unknown}' that {_type_name(decoder.type)} does not know")
     return encoded
@@ -77,13 +80,39 @@ def _sentence(error: msgspec.ValidationError) -> str:
 
 
 def _unknown_path(given: Any, kept: Any, path: str) -> str | None:
-    """The path of the first key in ``given`` that decoding dropped, or None."""
+    """The path of the first key in ``given`` (plain JSON) that decoding it as ``kept`` dropped, or None."""
     pairs: list[tuple[str, Any, Any]] = []
-    if isinstance(given, dict) and isinstance(kept, dict):
-        for key in given:
-            if key not in kept:
-                return f"{path}.{key}".lstrip(".")
-        pairs = [(f"{path}.{key}", given[key], kept[key]) for key in given]
-    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
-        pairs = [(f"{path}[{i}]", one, other) for i, (one, other) in enumerate(zip(given, kept, strict=True))]
+    if isinstance(given, dict):
+        fields = _fields(kept)
+        for key, value in given.items():
+            at = f"{path}.{key}".lstrip(".")
+            if key in fields:
+                pairs.append((at, value, fields[key]))
+            else:
+                return at
+    elif isinstance(given, list) and isinstance(kept, list | tuple):
+        pairs = [(f"{path}[{i}]", one, other) for i, (one, other) in enumerate(zip(given, kept, strict=False))]
     return next((found for at, one, other in pairs if (found := _unknown_path(one, other, at))), None)
+
+
+def _fields(kept: Any) -> dict[str, Any]:
+    """The values of an object by their names in JSON; a tag counts as one."""
+    if isinstance(kept, msgspec.Struct):
+        named = zip(kept.__struct_encode_fields__, kept.__struct_fields__, strict=True)
+        tag = {kept.__struct_config__.tag_field: None} if kept.__struct_config__.tag_field else {}
+        return {**tag, **{name: getattr(kept, field) for name, field in named}}
+    if dataclasses.is_dataclass(kept):
+        return {field.name: getattr(kept, field.name) for field in dataclasses.fields(kept)}
+    return {str(key): value for key, value in kept.items()} if isinstance(kept, dict) else {}
+
+
+def checked_key(key: str) -> str:
+    """``key`` if it is one: 1 to 255 characters, no control characters. Raises InputError."""
+    is_key = (
+        isinstance(key, str) and 1 <= len(key) <= KEY_CHARS_MAX and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", key)
+    )
+    if not is_key:
+        raise InputError(
+            f"key {str(key)[:40]!r} is none: a key is a text of 1 to 255 characters without control characters"
+        )
+    return key

@@ -22,7 +22,7 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_order text := ' order by ev_txid, ev_id limit ' || coalesce(i_limit::text, 'all');
-    v_from text := 'select ev_txid as txid, ev_id as id, ev_extra1 as n, ev_data as body from ';
+    v_from text := 'select ev_txid as txid, ev_id as id, ev_extra1 as n, coalesce(ev_data, '''') as body from ';
     v_range text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid >= $3 and ev_txid < $4 and pg_visible_in_snapshot(ev_txid, $5)';
     v_late text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid = any ($6)';
     v_parts text[];
@@ -42,9 +42,10 @@ end
 $$;
 
 -- durable.page(batch, owner, lines, bytes): the next page of a window, without a lock.
--- Result: one text. Its first line is JSON: the cursor, the events as [txid, id, lines], whether the window ends here; then the
--- events' lines. The cursor's event comes whole; the reader skips the lines that are done.
--- At least one event, then as many as fit: an event is one commit's lines and never larger than a page.
+-- Result: one text. Its first line is JSON: the cursor, the events as [txid, id], whether the window ends here; then the events,
+-- a form feed between them (JSON holds none). The cursor's event comes whole; the reader skips the lines that are done.
+-- At least one event, then as many as fit: an event is one commit's lines and never larger than a page. How many lines an event
+-- says it has counts for that only: somebody may have appended by hand.
 create or replace function durable.page(i_batch bigint, i_owner bigint, i_lines int, i_bytes int) returns text
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
@@ -71,18 +72,18 @@ begin
             v_late <> '{}', i_lines + 1)
         using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1, v_late
     loop
-        v_lines := v_lines + v_event.n::int;
+        v_lines := v_lines + case when v_event.n ~ '^[0-9]{1,6}$' then v_event.n::int else 1 end;
         v_bytes := v_bytes + octet_length(v_event.body);
         if cardinality(v_events) > 0 and (v_lines > i_lines or v_bytes > i_bytes) then
             v_is_last := false;
             exit;
         end if;
-        v_events := v_events || format('["%s",%s,%s]', v_event.txid, v_event.id, v_event.n);
+        v_events := v_events || format('["%s",%s]', v_event.txid, v_event.id);
         v_bodies := v_bodies || v_event.body;
     end loop;
     return format('{"batch":%s,"takeovers":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]}',
             v_win.batch, v_win.takeovers, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
             array_to_string(v_events, ','))
-        || case when v_bodies = '{}' then '' else E'\n' || array_to_string(v_bodies, E'\n') end;
+        || case when v_bodies = '{}' then '' else E'\n' || array_to_string(v_bodies, E'\f') end;
 end
 $$;
