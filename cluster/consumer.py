@@ -51,9 +51,9 @@ class Consumer:
         self._pages = PageRunner(self._connection, machines, settings)
         self._joined: list[int] = []
         self._has_appended: dict[int, bool] = {}
+        self._open: dict[int, int] = {}
         self._listening: set[int] = set()
         self._is_asleep = False
-        self._may_have_work = True
         self._probe_takeover_at = 0.0
         self._member = ""
         self.reincarnate()
@@ -83,7 +83,6 @@ class Consumer:
         if shard not in self.shards:
             self.shards = [*self.shards, shard]
             self._is_asleep = False
-        self._may_have_work = True
         self._probe_takeover_at = 0.0
 
     def release(self, shard: int) -> None:
@@ -93,12 +92,11 @@ class Consumer:
     def work(self, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
         """One claim on each of its shards and all pages of what that gave. Whether there was anything.
 
-        ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays its owner's.
+        ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays its owner's, and
+        the next call goes on with it. A claim takes a transaction id: an idle caller waits for ``wait`` to say yes.
         """
-        if self._may_have_work:  # a claim takes a transaction id, so an idle consumer only probes
-            self._may_have_work = any([self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)])  # noqa: C419
-            return self._may_have_work
-        return False
+        found = [self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)]
+        return any(found)
 
     def wait(self, idle_s: float, wakeups: Sequence[int] = ()) -> bool:
         """Wait until there may be work, or one of the file descriptors ``wakeups`` is ready, or a pause is over.
@@ -113,13 +111,13 @@ class Consumer:
             pause_s = min(self._settings.idle_poll_s_max, (idle_s - busy_s) / 2 + POLL_S_BUSY_MAX)
             if not self._is_asleep:
                 self._fall_asleep()
-        self._may_have_work = self._has_work()
-        if not self._may_have_work:
+        has_work = self._has_work()
+        if not has_work:
             self._pause(pause_s, wakeups)
-            self._may_have_work = self._has_work()
-        if self._may_have_work and self._is_asleep:
+            has_work = self._has_work()
+        if has_work and self._is_asleep:
             self._wake_up()
-        return self._may_have_work
+        return has_work
 
     def close(self) -> None:
         """Set what it holds free for others at once, take its names back and close the connection; safe twice."""
@@ -141,9 +139,9 @@ class Consumer:
             logger.debug("shard %d: a window still bears this name; maintenance sweeps it later", shard)
 
     def _drain(self, shard: int, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
-        """Claim a window and run its pages. Only being stopped leaves one open: a living owner's window is nobody else's."""
+        """Run the pages of the window that is still open, or of a new one. A living owner's window is nobody else's."""
         try:
-            text = self._claim(shard)
+            text = self._claim(shard) if shard not in self._open else self._read(self._open[shard])
             if text is None:
                 return False
             while text is not None:
@@ -151,6 +149,7 @@ class Consumer:
                 text = self._run_page(shard, text, should_stop)
         except BatchLost as lost:
             logger.warning("shard %d: %s", shard, lost)
+            self._open.clear()
             statements.abandon(self._connection, self.owner)
             self.reincarnate()
         except NOBODYS_FAULT as conflict:
@@ -159,22 +158,28 @@ class Consumer:
 
     def _run_page(self, shard: int, text: str, should_stop: Callable[[], bool]) -> str | None:
         """Run one page; the text of the window's next, or None when it is finished or we are to stop."""
+        batch = header_of(text).batch
+        self._open[shard] = batch
         try:
             page = decode_page(text)
         except AmbiguousPage:
-            batch = header_of(text).batch
-            text = statements.page(self._connection, batch=batch, owner=self.owner, **{**self._limits, "lines_max": 1})
-            page = decode_page(text)
+            page = decode_page(self._read(batch, lines_max=1))
         try:
             with telemetry.page_span(shard, page):
                 done = self._pages.run(Window(shard=shard, owner=self.owner), page)
-            self.steps += done.steps
-            self._has_appended[shard] = done.ended < done.steps
-            if done.is_window_finished or should_stop():
-                return None
         except NOBODYS_FAULT as conflict:
             logger.info("shard %d: %s; the page is read again", shard, type(conflict).__name__)
-        return statements.page(self._connection, batch=page.header.batch, owner=self.owner, **self._limits)
+            return self._read(batch)
+        self.steps += done.steps
+        self._has_appended[shard] = done.ended < done.steps
+        if done.is_window_finished:
+            del self._open[shard]
+            return None
+        return None if should_stop() else self._read(batch)
+
+    def _read(self, batch: int, *, lines_max: int | None = None) -> str:
+        limits = self._limits if lines_max is None else {**self._limits, "lines_max": lines_max}
+        return statements.page(self._connection, batch=batch, owner=self.owner, **limits)
 
     def _claim(self, shard: int) -> str | None:
         if shard not in self._joined:

@@ -30,6 +30,7 @@ logger = logging.getLogger("durable_cluster.handoff")
 NOBODYS_FAULT = (DeadlockDetected, SerializationFailure, LockNotAvailable)
 CONFLICT_PAUSE_S_MAX = 0.05
 GROUP_SHRINKS_TO = 0.25
+CONFLICTS_MAX = 8
 
 Slot = Result | Task | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
@@ -65,12 +66,16 @@ class Handoff:
 
     def commit(self, window: Window, page: Page, slots: list[Slot]) -> list[Slot]:
         """Hand on every slot; the slots with their results. Raises BatchLost: what was committed before it stays."""
-        begin = 0
+        begin = conflicts = 0
         while True:
             end = self._group_end(slots, begin)
             try:
                 self._hand_on(window, page, slots, begin, end)
             except Conflict as conflict:
+                conflicts += 1
+                if self._group == 1 and conflicts > CONFLICTS_MAX:
+                    _put_back(slots, begin)
+                    continue
                 self._group = max(1, int(self._group * GROUP_SHRINKS_TO))
                 logger.info(
                     "%s; again, %d transactional steps at a time", type(conflict.__cause__).__name__, self._group
@@ -80,7 +85,7 @@ class Handoff:
             except StepFailed as failure:
                 slots[failure.index] = failure.outcome
                 continue
-            begin = end
+            begin, conflicts = end, 0
             if begin == len(slots):
                 return slots
 
@@ -159,6 +164,17 @@ class Handoff:
         )
 
 
+def _put_back(slots: list[Slot], begin: int) -> None:
+    """The first transactional step from ``begin`` on goes to the end of the log as it is, without an attempt, and its
+    neighbours go on: what it waits for may be locked for long.
+    """
+    index = next(index for index in range(begin, len(slots)) if isinstance(slots[index], Task))
+    task = slots[index]
+    assert isinstance(task, Task)
+    logger.warning("step '%s' of '%s' conflicts again and again; it is put back", task.step.name, task.machine.name)
+    slots[index] = task.envelope
+
+
 def _failed(task: Slot, index: int, error: BaseException) -> StepFailed:
     assert isinstance(task, Task)
     return StepFailed(index, executor.failed(task.envelope, error))
@@ -168,4 +184,4 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)

@@ -28,14 +28,14 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
     consumer = Consumer(dsn, 0, app.machines, app.settings)
     consumer.shards = list(range(shards))
     try:
-        last_work = time.monotonic()
+        last_work, may_have_work = time.monotonic(), True
         while not is_over():
-            if consumer.work(is_over, lambda: None):
-                last_work = time.monotonic()
+            if may_have_work and consumer.work(is_over, lambda: None):
+                last_work, may_have_work = time.monotonic(), True
             elif until_idle:
                 break
             else:
-                consumer.wait(time.monotonic() - last_work)
+                may_have_work = consumer.wait(time.monotonic() - last_work)
         return consumer.steps
     finally:
         consumer.close()

@@ -10,7 +10,7 @@ import msgspec
 from durable_cluster.errors import ConfigurationError
 
 SHARDS_MAX = 64
-MAY_BE_ZERO = ("page_window_ms", "restarts_max")
+MAY_BE_ZERO = ("page_window_ms", "takeover_probe_s", "restarts_max")
 NAME_PATTERN = "[a-z0-9_.-]{1,57}"
 
 

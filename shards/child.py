@@ -144,15 +144,15 @@ def _consume(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
     def on_page() -> None:
         orders.beat(Beat(consumer.owner, True, consumer.steps), every_s=every_s)
 
-    last_work = time.monotonic()
+    last_work, may_have_work = time.monotonic(), True
     while not orders.is_stopping:
         for order in orders.heard():
             _obey(consumer, order)
-        if consumer.work(lambda: orders.is_stopping, on_page):
+        if may_have_work and consumer.work(lambda: orders.is_stopping, on_page):
             last_work = time.monotonic()
         else:
             orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=every_s)
-            consumer.wait(time.monotonic() - last_work, [orders.pipe.fileno()])
+            may_have_work = consumer.wait(time.monotonic() - last_work, [orders.pipe.fileno()])
         if consumer.owner != owner:
             owner = consumer.owner
             orders.say(Ready(owner))
