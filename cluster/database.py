@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Self
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from durable_cluster.errors import ConfigurationError, ConnectionFailed
+from durable_cluster.errors import ConfigurationError, ConnectionFailed, HandlerError
 from durable_cluster.settings import Settings
 
 CONNECT_TIMEOUT_S = 10
+ENDS_A_TRANSACTION = re.compile(
+    r"^\s*(?:commit|end|abort|begin|start\s+transaction|prepare\s+transaction|rollback(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
+    re.IGNORECASE,
+)
 IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL = 0.8
 
 
@@ -39,6 +44,18 @@ def connect(dsn: str, *, name: str) -> psycopg.Connection[Any]:
         raise ConnectionFailed(f"cannot connect to {server_name(dsn)}: {_first_line(error)}") from error
 
 
+class StepCursor(psycopg.Cursor[Any]):
+    """The cursor of a worker's connection: a step must not end the transaction that hands its neighbours on."""
+
+    def execute(self, query: Any, *args: Any, **options: Any) -> Self:
+        text = query if isinstance(query, str) else query.decode() if isinstance(query, bytes) else ""
+        if ENDS_A_TRANSACTION.search(text):
+            raise HandlerError(
+                f"a step must not run '{text.strip()[:20]}': its transaction is the page's; use savepoints"
+            )
+        return super().execute(query, *args, **options)
+
+
 def connect_worker(dsn: str, *, name: str, settings: Settings) -> psycopg.Connection[Any]:
     """As ``connect``, for processes whose transactions must not hold others up.
 
@@ -46,6 +63,7 @@ def connect_worker(dsn: str, *, name: str, settings: Settings) -> psycopg.Connec
     Settings are made by SET rather than by start-up options, which poolers drop.
     """
     connection = connect(dsn, name=name)
+    connection.cursor_factory = StepCursor
     idle_ms = int(settings.dead_interval_s * 1000 * IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL)
     connection.execute(
         "select set_config('lock_timeout', %s, false), set_config('idle_in_transaction_session_timeout', %s, false),"

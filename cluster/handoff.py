@@ -110,22 +110,17 @@ class Handoff:
                 statements.fence(self._connection, batch=page.header.batch, owner=window.owner, done=page.cursor(begin))
                 for index in tasks:
                     results[index] = self._run(results[index], begin + index)
+                self._settle([begin + index for index in tasks], slots)
                 self._commit(window, page, results, begin, is_fenced=True)
         except NOBODYS_FAULT as error:
             raise Conflict from error
-        except psycopg.Error as error:
-            if self._connection.broken:
-                raise
-            # A deferred constraint speaks at commit and does not say whose fault it is: smaller groups find out.
-            if len(tasks) > 1:
-                raise Conflict from error
-            raise _failed(slots[begin + tasks[0]], begin + tasks[0], error) from error
         slots[begin:end] = results
         self._group = min(self._group + 1, self._group_max)
 
     def _run(self, task: Slot, index: int) -> Result:
         """Run one transactional step. Raises StepFailed, or Conflict where it is nobody's fault."""
         assert isinstance(task, Task)
+        row_factory, cursor_factory = self._connection.row_factory, self._connection.cursor_factory
         try:
             result = executor.call(task, self._connection)
         except executor.FAILURES as error:
@@ -134,6 +129,8 @@ class Handoff:
             if self._connection.broken:
                 raise
             raise _failed(task, index, error) from error
+        finally:
+            self._connection.row_factory, self._connection.cursor_factory = row_factory, cursor_factory
         status = self._connection.info.transaction_status
         if status != TransactionStatus.INTRANS:
             what = (
@@ -145,6 +142,20 @@ class Handoff:
                 HandlerError(f"step '{task.step.name}': {what}; let the error pass, and never commit ctx.tx"),
             )
         return result
+
+    def _settle(self, tasks: list[int], slots: list[Slot]) -> None:
+        """Let deferred constraints speak now, while it can only be about the steps, and not at the commit.
+
+        They do not say whose fault it is: smaller groups find out.
+        """
+        try:
+            self._connection.execute("set constraints all immediate")
+        except psycopg.Error as error:
+            if self._connection.broken or isinstance(error, NOBODYS_FAULT):
+                raise
+            if len(tasks) > 1:
+                raise Conflict from error
+            raise _failed(slots[tasks[0]], tasks[0], error) from error
 
     def _commit(self, window: Window, page: Page, results: list[Slot], begin: int, *, is_fenced: bool) -> None:
         end = begin + len(results)

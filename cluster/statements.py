@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import psycopg
+from psycopg.rows import tuple_row
 
 from durable_cluster.errors import translated
 
@@ -43,13 +44,22 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     owner_is_silent: bool
 
 
+def _cursor(connection: Connection) -> psycopg.Cursor[tuple[Any, ...]]:
+    """A plain cursor, whatever rows and cursors the connection's owner prefers: it may be the caller's own."""
+    return psycopg.Cursor(connection, row_factory=tuple_row)
+
+
 def start(tx: Connection, workflow: str, *, version: int, step: str, payload: str, key: str | None) -> tuple[str, bool]:
     """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``."""
     with translated():
-        row = tx.execute(
-            "select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s)",
-            (workflow, version, step, payload, key),
-        ).fetchone()
+        row = (
+            _cursor(tx)
+            .execute(
+                "select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s)",
+                (workflow, version, step, payload, key),
+            )
+            .fetchone()
+        )
     assert row is not None
     return row[0], row[1]
 
@@ -59,27 +69,35 @@ def start_many(
 ) -> list[tuple[str, bool]]:
     """As ``start`` for many payloads, in their order."""
     with translated():
-        return tx.execute(
-            "select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s)",
-            (workflow, version, step, "\n".join(payloads), None if keys is None else "\n".join(keys)),
-        ).fetchall()
+        return (
+            _cursor(tx)
+            .execute(
+                "select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s)",
+                (workflow, version, step, "\n".join(payloads), None if keys is None else "\n".join(keys)),
+            )
+            .fetchall()
+        )
 
 
 def find(connection: Connection, workflow: str, key: str) -> str | None:
     """The id that ``key`` stands for."""
     with translated():
-        row = connection.execute("select durable.hex(durable.find(%s, %s))", (workflow, key)).fetchone()
+        row = _cursor(connection).execute("select durable.hex(durable.find(%s, %s))", (workflow, key)).fetchone()
     return row[0] if row else None
 
 
 def state_of(connection: Connection, workflow_id: str) -> State | None:
     """What is known of a workflow, or None."""
     with translated():
-        row = connection.execute(
-            "select workflow, version, status, output, to_json(started_at) #>> '{}', to_json(finished_at) #>> '{}'"
-            " from durable.state_of(%s)",
-            (workflow_id,),
-        ).fetchone()
+        row = (
+            _cursor(connection)
+            .execute(
+                "select workflow, version, status, output, to_json(started_at) #>> '{}', to_json(finished_at) #>> '{}'"
+                " from durable.state_of(%s)",
+                (workflow_id,),
+            )
+            .fetchone()
+        )
     if row is None:
         return None
     workflow, version, status, output, started_at, finished_at = row
@@ -91,28 +109,37 @@ def state_of(connection: Connection, workflow_id: str) -> State | None:
 def outcome(connection: Connection, workflow_id: str) -> tuple[str, str] | None:
     """Status and output (JSON) of a finished workflow, or None."""
     with translated():
-        return connection.execute("select status, output from durable.outcome(%s)", (workflow_id,)).fetchone()
+        return _cursor(connection).execute("select status, output from durable.outcome(%s)", (workflow_id,)).fetchone()
 
 
 def locate(connection: Connection, workflow_id: str) -> list[Place]:
     """The live step events of a workflow; more than one would be a broken invariant."""
     with translated():
-        rows = connection.execute(
-            "select shard, place, step, seq, owner_is_silent from durable.locate(%s)", (workflow_id,)
-        ).fetchall()
+        rows = (
+            _cursor(connection)
+            .execute("select shard, place, step, seq, owner_is_silent from durable.locate(%s)", (workflow_id,))
+            .fetchall()
+        )
     return [Place(shard=s, place=p, step=t, seq=n, owner_is_silent=o) for s, p, t, n, o in rows]
 
 
 def by_prefix(connection: Connection, digits: str) -> list[str]:
     """Up to three whole ids that begin with ``digits``."""
     with translated():
-        return [row[0] for row in connection.execute("select durable.hex(i) from durable.by_prefix(%s) i", (digits,))]
+        return [
+            row[0]
+            for row in _cursor(connection).execute("select durable.hex(i) from durable.by_prefix(%s) i", (digits,))
+        ]
 
 
 def probe(connection: Connection, shard: int, *, dead_interval: timedelta | None = None) -> bool:
     """Whether a claim would find work (with ``dead_interval`` also silent windows); reads only."""
     with translated():
-        row = connection.execute("select durable.probe(%s::int, %s::interval)", (shard, dead_interval)).fetchone()
+        row = (
+            _cursor(connection)
+            .execute("select durable.probe(%s::int, %s::interval)", (shard, dead_interval))
+            .fetchone()
+        )
     return bool(row and row[0])
 
 
@@ -129,19 +156,27 @@ def claim(
 ) -> str | None:
     """The text of a page (see ``envelope.decode_page``), or None when there is nothing. Raises BatchLost."""
     with translated():
-        row = connection.execute(
-            "select durable.claim(%s::int, %s, %s::bigint, %s::int, %s::int, %s::interval, %s)",
-            (shard, member, owner, lines_max, bytes_max, dead_interval, is_expected),
-        ).fetchone()
+        row = (
+            _cursor(connection)
+            .execute(
+                "select durable.claim(%s::int, %s, %s::bigint, %s::int, %s::int, %s::interval, %s)",
+                (shard, member, owner, lines_max, bytes_max, dead_interval, is_expected),
+            )
+            .fetchone()
+        )
     return row[0] if row else None
 
 
 def page(connection: Connection, *, batch: int, owner: int, lines_max: int, bytes_max: int) -> str:
     """The next page of an open window. Raises BatchLost."""
     with translated():
-        row = connection.execute(
-            "select durable.page(%s::bigint, %s::bigint, %s::int, %s::int)", (batch, owner, lines_max, bytes_max)
-        ).fetchone()
+        row = (
+            _cursor(connection)
+            .execute(
+                "select durable.page(%s::bigint, %s::bigint, %s::int, %s::int)", (batch, owner, lines_max, bytes_max)
+            )
+            .fetchone()
+        )
     assert row is not None
     return str(row[0])
 
@@ -149,7 +184,7 @@ def page(connection: Connection, *, batch: int, owner: int, lines_max: int, byte
 def fence(tx: Connection, *, batch: int, owner: int, done: str) -> None:
     """Phase 2's first statement. Raises BatchLost."""
     with translated():
-        tx.execute("select durable.fence(%s::bigint, %s::bigint, %s::durable.cursor)", (batch, owner, done))
+        _cursor(tx).execute("select durable.fence(%s::bigint, %s::bigint, %s::durable.cursor)", (batch, owner, done))
 
 
 def commit_page(
@@ -177,7 +212,7 @@ def commit_page(
         statuses = "\n".join([o.status for o in outcomes])
         outputs = "\n".join([o.output for o in outcomes])
     with translated():
-        tx.execute(
+        _cursor(tx).execute(
             f"select {function}(%s::int, %s::bigint, %s::bigint, %s::durable.cursor, %s::durable.cursor, %s,"
             " %s, %s::int[], %s, %s, %s)",
             (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), ids, statuses, outputs),
@@ -187,43 +222,43 @@ def commit_page(
 def join_shard(connection: Connection, shard: int, member: str) -> None:
     """Register a consumer's name with the engine."""
     with translated():
-        connection.execute("select durable.join_shard(%s, %s)", (shard, member))
+        _cursor(connection).execute("select durable.join_shard(%s, %s)", (shard, member))
 
 
 def leave_shard(connection: Connection, shard: int, member: str) -> None:
     """Take the name back; the engine refuses while it holds a window."""
     with translated():
-        connection.execute("select durable.leave_shard(%s, %s)", (shard, member))
+        _cursor(connection).execute("select durable.leave_shard(%s, %s)", (shard, member))
 
 
 def fall_asleep(connection: Connection, shard: int) -> None:
     """Ask appenders to notify."""
     with translated():
-        connection.execute("select durable.fall_asleep(%s)", (shard,))
+        _cursor(connection).execute("select durable.fall_asleep(%s)", (shard,))
 
 
 def wake_up(connection: Connection, shard: int) -> None:
     """Take that back."""
     with translated():
-        connection.execute("select durable.wake_up(%s)", (shard,))
+        _cursor(connection).execute("select durable.wake_up(%s)", (shard,))
 
 
 def listen(connection: Connection, shard: int) -> None:
     """Hear the notifications of a shard on this connection."""
-    connection.execute(f"listen durable_{int(shard)}")
+    _cursor(connection).execute(f"listen durable_{int(shard)}")
 
 
 def heartbeat(connection: Connection, owners: Sequence[int]) -> int:
     """Say that these owners live; how many windows that concerned."""
     with translated():
-        row = connection.execute("select durable.heartbeat(%s::bigint[])", (list(owners),)).fetchone()
+        row = _cursor(connection).execute("select durable.heartbeat(%s::bigint[])", (list(owners),)).fetchone()
     return row[0] if row else 0
 
 
 def abandon(connection: Connection, owner: int) -> list[int]:
     """Say that this owner is gone; the shards whose windows are free now."""
     with translated():
-        row = connection.execute("select durable.abandon(%s::bigint)", (owner,)).fetchone()
+        row = _cursor(connection).execute("select durable.abandon(%s::bigint)", (owner,)).fetchone()
     return list(row[0]) if row else []
 
 
@@ -259,11 +294,11 @@ def sweep_members(connection: Connection) -> int:
 
 def _is_true(connection: Connection, query: str) -> bool:
     with translated():
-        row = connection.execute(query.encode()).fetchone()
+        row = _cursor(connection).execute(query.encode()).fetchone()
     return bool(row and row[0])
 
 
 def _count(connection: Connection, query: str) -> int:
     with translated():
-        row = connection.execute(query.encode()).fetchone()
+        row = _cursor(connection).execute(query.encode()).fetchone()
     return int(row[0]) if row and row[0] is not None else 0
