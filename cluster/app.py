@@ -116,7 +116,10 @@ class Machine:
 
     def get(self, *, key: str) -> Handle:
         """The workflow that was started with ``key``. Raises UnknownWorkflow."""
-        return self.app.client.by_key(self.name, key)
+        try:
+            return self.app.client.by_key(self.name, checked_key(key))
+        except InputError as error:
+            raise UnknownWorkflow(f"no workflow '{self.name}' with such a key: {error}") from error
 
     def _first(self) -> Step:
         if self.first is None:

@@ -38,7 +38,7 @@ class Client:
         self._embedded: EmbeddedPostgres | None = None
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._open: list[psycopg.Connection[Any]] = []
+        self._open: list[tuple[int, threading.Thread, psycopg.Connection[Any]]] = []
 
     def use(self, dsn: str) -> None:
         """From now on this database: what a cluster's processes say, whatever the program said."""
@@ -70,8 +70,17 @@ class Client:
             known = connect(self.dsn, name="durable-cluster client")
             self._local.connection, self._local.pid = known, os.getpid()
             with self._lock:
-                self._open.append(known)
+                self._keep(known)
         return known
+
+    def _keep(self, connection: psycopg.Connection[Any]) -> None:
+        """Remember a connection until ``close``; those of threads that have ended are closed now."""
+        here = os.getpid()
+        ended = [one for pid, thread, one in self._open if pid == here and not thread.is_alive()]
+        self._open = [kept for kept in self._open if kept[0] == here and kept[1].is_alive()]
+        self._open.append((here, threading.current_thread(), connection))
+        for one in ended:
+            one.close()
 
     def start(
         self,
@@ -122,8 +131,9 @@ class Client:
         with self._lock:
             connections, self._open = self._open, []
             embedded, self._embedded = self._embedded, None
-        for connection in connections:
-            connection.close()
+        for pid, _, connection in connections:
+            if pid == os.getpid():  # one inherited over a fork is the parent's to close
+                connection.close()
         if embedded is not None:
             embedded.stop()
 

@@ -125,7 +125,7 @@ begin
         perform durable.checked_key(k) from unnest(v_keys) k;
         -- Sorted, so that two clients with the same keys wait for each other in one order.
         insert into durable.key (workflow, key, id)
-        select i_workflow, q.k, q.i from unnest(v_keys, v_ids) q(k, i) order by q.k on conflict do nothing;
+        select i_workflow, q.k, q.i from unnest(v_keys, v_ids) with ordinality q(k, i, o) order by q.k, q.o on conflict do nothing;
         select array_agg(k.id order by q.o), array_agg(k.id = v_ids[q.o] order by q.o) into v_ids, v_new
         from unnest(v_keys) with ordinality q(k, o) join durable.key k on k.workflow = i_workflow and k.key = q.k;
     end if;

@@ -1,3 +1,14 @@
+-- durable.line_pattern(field): what finds one of the fields w, n, f, s at the head of an envelope. The state behind them is the
+-- user's and is not looked into: it may hold anything, characters too that no text of Postgres can.
+create or replace function durable.line_pattern(i_field text) returns text
+language sql immutable parallel safe
+as $$
+    select '^\{"w":"' || case i_field when 'w' then '([0-9a-f]{32})' else '[0-9a-f]{32}' end
+        || '","n":' || case i_field when 'n' then '([0-9]{1,9})' else '[0-9]{1,9}' end
+        || ',"f":"' || case i_field when 'f' then '([a-z0-9_.-]+)' else '[a-z0-9_.-]+' end
+        || '","s":"' || case i_field when 's' then '([a-z0-9_.-]+)' else '[a-z0-9_.-]+' end || '"'
+$$;
+
 -- durable.locate(id): where a live workflow stands in the log: its unfinished step events. Looks at open windows from their
 -- cursors on and at what no tick covers yet, so it costs what the backlog of one shard costs, never history.
 create or replace function durable.locate(i_id uuid)
@@ -17,13 +28,14 @@ begin
          from pgque.tick t where t.tick_queue = v_shard.queue_id order by t.tick_id desc limit 1)
     loop
         return query execute
-            'select $7, $8, l.line::json ->> ''s'', (l.line::json ->> ''n'')::int, $9 from ('
+            'select $7, $8, substring(l.line from durable.line_pattern(''s'')), substring(l.line from durable.line_pattern(''n''))::int, $9'
+            ' from ('
             || durable.window_query(pgque.event_tables(v_shard.queue_id, v_win.s0), true, null)
             || ') e, string_to_table(e.body, E''\n'') with ordinality l(line, o)'
-               ' where e.body like $10 and l.line like $10 and not (e.txid = $1 and e.id = $2 and l.o <= $11)'
+               ' where e.body like ''%'' || $10 and l.line like $10 and not (e.txid = $1 and e.id = $2 and l.o <= $11)'
             using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1,
                 array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1)),
-                v_shard.shard, v_win.place, v_win.silent, '%"w":"' || durable.hex(i_id) || '"%', (v_win.done).line;
+                v_shard.shard, v_win.place, v_win.silent, '{"w":"' || durable.hex(i_id) || '"%', (v_win.done).line;
     end loop;
 end
 $$;
@@ -36,8 +48,10 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
     return query execute format(
-        'select e.ev_txid, e.ev_id, l.o, e.ev_time, left(j ->> ''w'', 12), j ->> ''f'', j ->> ''s'', (j ->> ''n'')::int'
-        ' from %s e, string_to_table(e.ev_data, E''\n'') with ordinality l(line, o), lateral (select l.line::json) x(j)'
+        'select e.ev_txid, e.ev_id, l.o, e.ev_time, left(substring(l.line from durable.line_pattern(''w'')), 12),'
+        ' substring(l.line from durable.line_pattern(''f'')), substring(l.line from durable.line_pattern(''s'')),'
+        ' substring(l.line from durable.line_pattern(''n''))::int'
+        ' from %s e, string_to_table(e.ev_data, E''\n'') with ordinality l(line, o)'
         ' order by e.ev_txid, e.ev_id, l.o',
         (select q.queue_data_pfx from pgque.queue q where q.queue_name = durable.queue_of(i_shard)));
 end

@@ -1,0 +1,206 @@
+"""Idle is quiet: nothing to do means no writes, no transaction ids, few reads; and a start is heard at once all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from durable_cluster import App, Context, Continuation, Settings
+
+QUIET_S = 3.0
+READS_PER_S_MAX = 8  # two shards each, and the statistics' own
+STARTED_S_MAX = 60.0
+
+APP = """
+from durable_cluster import App, Context
+app = App("quiet")
+machine = app.machine("quiet")
+
+@machine.step(start=True)
+def only(ctx: Context, n: int):
+    return ctx.done(n)
+"""
+
+SUPERVISOR = """
+import sys
+from durable_cluster import Settings
+from durable_cluster.shards.messages import ClusterConfig
+from durable_cluster.shards.supervisor import Supervisor
+
+if __name__ == "__main__":
+    Supervisor(
+        ClusterConfig(dsn=sys.argv[1], app="quiet_app:app", shards=2, consumers_per_shard=2, settings=Settings())
+    ).run()
+"""
+
+
+def quiet_app(dsn: str) -> App:
+    app = App("quiet", dsn=dsn, settings=Settings())
+
+    @app.machine("quiet").step(start=True)
+    def only(ctx: Context, n: int) -> Continuation:
+        return ctx.done(n)
+
+    return app
+
+
+@contextmanager
+def running_here(dsn: str) -> Iterator[None]:
+    """Three apps in three threads, each reading every shard; ended by cutting their connections."""
+
+    def run() -> None:
+        with contextlib.suppress(psycopg.OperationalError):
+            quiet_app(dsn).run(timeout=60)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            admin.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                " where datname = current_database() and application_name like 'durable-cluster shard%'"
+            )
+        for thread in threads:
+            thread.join(10)
+
+
+@contextmanager
+def running_cluster(dsn: str, folder: Path) -> Iterator[None]:
+    """A supervisor with two consumers for each of two shards, and maintenance."""
+    (folder / "quiet_app.py").write_text(APP)
+    (folder / "cluster.py").write_text(SUPERVISOR)
+    with subprocess.Popen([sys.executable, "cluster.py", dsn], cwd=folder) as supervisor:
+        try:
+            yield
+        finally:
+            supervisor.terminate()
+            supervisor.wait(30)
+
+
+@pytest.fixture(params=["in threads", "under a supervisor"])
+def consumers(
+    request: pytest.FixtureRequest, dsn: str, conn: psycopg.Connection, tmp_path: Path, eventually: Callable[..., None]
+) -> Iterator[int]:
+    """Consumers that run and have fallen asleep; how many."""
+    count = 3 if request.param == "in threads" else 4
+    with running_here(dsn) if request.param == "in threads" else running_cluster(dsn, tmp_path):
+        asleep = (
+            "select count(*) from pg_stat_activity where datname = current_database()"
+            " and application_name like 'durable-cluster shard % c%' and state = 'idle' and now() - state_change > '0.3 s'"
+        )
+        eventually(
+            lambda: conn.execute(asleep).fetchone() == (count,),
+            seconds=STARTED_S_MAX,
+            what="that all consumers are asleep",
+        )
+        eventually(
+            lambda: conn.execute("select count(*) from durable.idle").fetchone() == (2,),
+            what="that both shards are idle",
+        )
+        yield count
+
+
+def counters(conn: psycopg.Connection) -> tuple[int, int, int]:
+    """Transaction ids handed out and WAL bytes written by the server, and transactions of this database."""
+    conn.execute("select pg_stat_clear_snapshot()")
+    row = conn.execute(
+        "select pg_snapshot_xmax(pg_current_snapshot())::text::bigint, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint,"
+        " (select xact_commit + xact_rollback from pg_stat_database where datname = current_database())"
+    ).fetchone()
+    assert row is not None
+    return row
+
+
+def test_idle_consumers_take_no_transaction_id_write_nothing_and_seldom_ask(
+    consumers: int, conn: psycopg.Connection
+) -> None:
+    """The server is shared with other tests and its own upkeep: one quiet stretch is the proof, and a consumer that writes
+    at each of its polls leaves none."""
+    measured: list[dict[str, float]] = []
+    for _ in range(5):
+        begin, before = time.monotonic(), counters(conn)
+        threading.Event().wait(QUIET_S)
+        seconds, after = time.monotonic() - begin, counters(conn)
+        rates = [(late - early) / seconds for early, late in zip(before, after, strict=True)]
+        measured.append(dict(zip(("xids_per_s", "wal_bytes_per_s", "reads_per_s"), rates, strict=True)))
+        # Pauses are still growing in the first seconds.
+        reads_per_s = measured[-1]["reads_per_s"] / consumers
+        if (
+            measured[-1]["xids_per_s"] == 0
+            and measured[-1]["wal_bytes_per_s"] < 1024
+            and reads_per_s <= READS_PER_S_MAX
+        ):
+            break
+    assert measured[-1]["xids_per_s"] == 0, measured
+    assert measured[-1]["wal_bytes_per_s"] < 1024, measured
+    assert measured[-1]["reads_per_s"] / consumers <= READS_PER_S_MAX, measured
+
+
+def test_a_start_wakes_a_consumer_that_has_long_been_idle_at_once(
+    consumers: int, dsn: str, conn: psycopg.Connection
+) -> None:
+    app = quiet_app(dsn)
+    app.client.connection()
+    took_s: list[float] = []
+    settled = "select count(*) from durable.idle"
+    for n in range(5):
+        deadline = time.monotonic() + 20
+        while conn.execute(settled).fetchone() != (2,) and time.monotonic() < deadline:
+            threading.Event().wait(0.05)
+        threading.Event().wait(1.2)
+        begin = time.monotonic()
+        assert app.workflow("quiet").start(n).result(timeout=10) == n
+        took_s.append(time.monotonic() - begin)
+    app.close()
+    assert statistics.median(took_s) < 0.1, took_s
+
+
+def test_a_start_notifies_nobody_while_consumers_are_awake(dsn: str, conn: psycopg.Connection) -> None:
+    app = quiet_app(dsn)
+    for shard in (0, 1):
+        conn.execute(f"listen durable_{shard}")
+    app.workflow("quiet").start_many(list(range(50)))
+    app.run(until_idle=True)
+    assert list(conn.notifies(timeout=0.2)) == []
+    conn.execute("insert into durable.idle values (0), (1)")
+    app.workflow("quiet").start_many(list(range(50)))
+    assert {note.channel for note in conn.notifies(timeout=5, stop_after=2)} == {"durable_0", "durable_1"}
+    app.close()
+
+
+def test_a_probe_takes_no_lock_that_a_claim_would_wait_for_and_no_transaction_id(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    with psycopg.connect(dsn) as tx:
+        assert tx.execute("select durable.probe(0), durable.probe(0, '1 s')").fetchone() == (False, False)
+        assert tx.execute("select pg_current_xact_id_if_assigned()").fetchone() == (None,)
+        locks = tx.execute(
+            "select distinct mode from pg_locks where pid = pg_backend_pid() and locktype in ('relation', 'tuple')"
+        ).fetchall()
+        assert locks == [("AccessShareLock",)]
+    assert conn.execute("select durable.probe(0)").fetchone() == (False,)
+
+
+def test_an_event_that_was_read_leaves_nothing_to_probe_for(dsn: str, conn: psycopg.Connection) -> None:
+    app = quiet_app(dsn)
+    app.workflow("quiet").start_many(list(range(50)))
+    assert conn.execute("select durable.probe(0) and durable.probe(1)").fetchone() == (True,)
+    app.run(until_idle=True)
+    assert conn.execute("select durable.probe(0) or durable.probe(1)").fetchone() == (False,)
+    with psycopg.connect(dsn) as tx:
+        app.workflow("quiet").start_many(list(range(50)), tx=tx)
+        assert conn.execute("select durable.probe(0) or durable.probe(1)").fetchone() == (False,)
+    assert conn.execute("select durable.probe(0) and durable.probe(1)").fetchone() == (True,)
