@@ -54,7 +54,9 @@ def test_a_worker_runs_steps_without_owning_a_table(app: App, dsn: str, conn: ps
     handle = app.workflow("echo").start("hi")
     conn.execute("do $$ begin create role a_worker login; exception when duplicate_object then null; end $$")
     conn.execute("grant durable_worker to a_worker")
-    shard = conn.execute("select s.shard from durable.slot s where s.slot = durable.slot_of(%s)", (handle.id,)).fetchone()
+    shard = conn.execute(
+        "select s.shard from durable.slot s where s.slot = durable.slot_of(%s)", (handle.id,)
+    ).fetchone()
     assert shard is not None
     consumer = Consumer(make_conninfo(dsn, user="a_worker"), shard[0], app.machines, app.settings)
     try:
@@ -83,7 +85,9 @@ def test_an_installer_that_may_not_create_roles_installs_without_them(
     conn.execute("do $$ begin create role an_installer login; exception when duplicate_object then null; end $$")
     dsn = new_database(None)
     with psycopg.connect(dsn, autocommit=True) as owner:
-        owner.execute("do $$ begin execute format('grant create on database %I to an_installer', current_database()); end $$")
+        owner.execute(
+            "do $$ begin execute format('grant create on database %I to an_installer', current_database()); end $$"
+        )
     with psycopg.connect(make_conninfo(dsn, user="an_installer"), autocommit=True) as installer:
         schema.install(installer, shards=1, with_roles=False)
         assert schema.demand_installed(installer) == 1
