@@ -48,6 +48,8 @@ class Consumer:
         self._limits = {"lines_max": settings.page_lines_max, "bytes_max": settings.page_bytes_max}
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = connect_worker(dsn, name=f"durable-cluster shard {shard} starting", settings=settings)
+        self._connection.add_notify_handler(self._note)
+        self._is_notified = False
         self._pages = PageRunner(self._connection, machines, settings)
         self._joined: list[int] = []
         self._has_appended: dict[int, bool] = {}
@@ -223,7 +225,16 @@ class Consumer:
         self._is_asleep = False
 
     def _pause(self, pause_s: float, wakeups: Sequence[int]) -> None:
-        select.select([self._connection.fileno(), *wakeups], [], [], pause_s)
-        self._connection.pgconn.consume_input()
-        while self._connection.pgconn.notifies():
-            pass
+        """Until notified, woken, or the pause is over. A notification may also have come along with a statement's answer."""
+        if not self._is_notified:
+            poll = select.poll()
+            for descriptor in (self._connection.fileno(), *wakeups):
+                poll.register(descriptor, select.POLLIN)
+            poll.poll(pause_s * 1000)
+            self._connection.pgconn.consume_input()
+            while self._connection.pgconn.notifies():
+                pass
+        self._is_notified = False
+
+    def _note(self, notify: psycopg.Notify) -> None:
+        self._is_notified = True

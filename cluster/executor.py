@@ -73,6 +73,10 @@ def conclude(task: Task, returned: Continuation) -> Result:
     """A continuation as the workflow's next envelope or its terminal record. Raises HandlerError for anything else."""
     envelope = task.envelope
     if type(returned) is Goto:
+        if returned.step not in task.machine.steps:
+            raise HandlerError(
+                f"step '{envelope.step}' went to {returned.step!r}, which '{task.machine.name}' does not have"
+            )
         state = _encoded(task, returned.state)
         return Envelope(
             envelope.workflow_id,

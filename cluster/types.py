@@ -16,6 +16,7 @@ from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError
 
 KEY_CHARS_MAX = 255
+NOT_OF_A_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Signature(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,11 +109,7 @@ def _fields(kept: Any) -> dict[str, Any]:
 
 def checked_key(key: str) -> str:
     """``key`` if it is one: 1 to 255 characters, no control characters. Raises InputError."""
-    is_key = (
-        isinstance(key, str) and 1 <= len(key) <= KEY_CHARS_MAX and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", key)
-    )
-    if not is_key:
-        raise InputError(
-            f"key {str(key)[:40]!r} is none: a key is a text of 1 to 255 characters without control characters"
-        )
+    is_text = isinstance(key, str) and 1 <= len(key) <= KEY_CHARS_MAX
+    if not is_text or NOT_OF_A_KEY.search(key):
+        raise InputError(f"a key has 1 to 255 characters and no control characters; {str(key)[:40]!r} is none")
     return key

@@ -214,7 +214,8 @@ class Supervisor:
         place.owners = []
         if self._signals:
             return
-        if not was_ready:
+        # One that a signal ended while it started was killed from outside; one that ended itself cannot boot.
+        if not was_ready and (code is None or code >= 0):
             raise ClusterStopped(f"{place.name} ended while it started ({_ending(code)}); its error stands above")
         now = time.monotonic()
         place.deaths = [*restarts.recent(place.deaths, now=now, window_s=self._settings.restart_window_s), now]
@@ -247,6 +248,8 @@ class Supervisor:
             if place.child is None or place.child.exitcode is not None:
                 continue
             silent_s = now - place.heard_at
+            if not place.is_ready and not place.deaths and silent_s > self._settings.boot_timeout_s:
+                raise ClusterStopped(f"{place.name} did not start within {self._settings.boot_timeout_s:.0f} s")
             limit_s = self._settings.hang_timeout_s if place.is_ready else self._settings.boot_timeout_s
             if silent_s > limit_s:
                 what = "hangs" if place.is_ready else "does not start"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -127,8 +128,9 @@ def counters(conn: psycopg.Connection) -> tuple[int, int, int]:
 def test_idle_consumers_take_no_transaction_id_write_nothing_and_seldom_ask(
     consumers: int, conn: psycopg.Connection
 ) -> None:
-    """The server is shared with other tests and its own upkeep: one quiet stretch is the proof, and a consumer that writes
-    at each of its polls leaves none."""
+    """The server has its own upkeep: one quiet stretch is the proof, and a consumer that writes at each poll leaves none."""
+    if os.environ.get("DURABLE_TEST_DSN") and os.environ.get("PYTEST_XDIST_WORKER"):
+        pytest.skip("the counters are the server's, and another worker's tests write to it")
     measured: list[dict[str, float]] = []
     for _ in range(5):
         begin, before = time.monotonic(), counters(conn)

@@ -25,6 +25,7 @@ KNOWN = northwind.Figures(
 def app(dsn: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     """The example's own app, on a fresh database with the shop's tables."""
     monkeypatch.setenv("DURABLE_DSN", dsn)
+    flows.app.client.use(dsn)  # whatever database another test of this process has used it with
     northwind.prepare(conn)
     yield flows.app
     flows.app.close()
