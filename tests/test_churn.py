@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psycopg
 import pytest
 
@@ -32,7 +34,12 @@ def row_changes(conn: psycopg.Connection) -> dict[str, int]:
 
 
 def flushed(conn: psycopg.Connection) -> None:
-    """Statistics of sessions that have ended are all in; this one's too."""
+    """Statistics of the consumers' sessions are all in: a session hands them over before it leaves the list; and this one's."""
+    consumers = "select from pg_stat_activity where datname = current_database() and application_name like '% shard %'"
+    deadline = time.monotonic() + 10
+    while conn.execute(consumers).fetchone() is not None:
+        assert time.monotonic() < deadline, "a consumer's session does not end"
+        time.sleep(0.005)
     conn.execute("select pg_stat_force_next_flush()")
     conn.execute("select 1")
 
