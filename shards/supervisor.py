@@ -92,11 +92,6 @@ class Supervisor:
         self._reconnect_at = 0.0
 
     @property
-    def steps(self) -> int:
-        """Steps that the children have reported so far."""
-        return sum(place.steps for place in self._places)
-
-    @property
     def pids(self) -> dict[str, int]:
         """The process id of each living child by its name."""
         return {place.name: place.child.pid for place in self._places if place.child is not None}
