@@ -20,9 +20,13 @@ from durable_cluster.errors import (
     NotInstalled,
     ResultTimeout,
     SchemaMismatch,
+    StepTimeout,
+    TerminalError,
     UnknownWorkflow,
     WorkflowFailed,
+    WorkflowStuck,
 )
+from durable_cluster.retry import Retry
 from durable_cluster.settings import Settings
 from durable_cluster.statements import State
 
@@ -43,10 +47,14 @@ __all__ = [
     "Machine",
     "NotInstalled",
     "ResultTimeout",
+    "Retry",
     "SchemaMismatch",
     "Settings",
     "State",
+    "StepTimeout",
+    "TerminalError",
     "UnknownWorkflow",
     "WorkflowFailed",
+    "WorkflowStuck",
     "short_id",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,9 @@ import msgspec
 import psycopg
 
 from durable_cluster.client import Client, Handle
+from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
+from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
 from durable_cluster.settings import NAME_PATTERN, Settings
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
@@ -27,7 +29,15 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     handler: Callable[..., Any]
     signature: Signature
     is_transactional: bool
+    is_blocking: bool
+    retry: Policy
+    timeout_s: float
     decoder: msgspec.json.Decoder[Any]
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it runs beside the page and may outlast it."""
+        return self.is_blocking or self.signature.is_async
 
 
 class Machine:
@@ -42,13 +52,24 @@ class Machine:
         self._state = state
         self._names: dict[Callable[..., Any], str] = {}
 
-    def step(self, *, start: bool = False, transactional: bool = False, name: str | None = None) -> Callable[[F], F]:
+    def step(
+        self,
+        *,
+        start: bool = False,
+        transactional: bool = False,
+        blocking: bool = False,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        name: str | None = None,
+    ) -> Callable[[F], F]:
         """Make a function a step of this machine; it stays the plain function that it is.
 
         The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns
         ``ctx.goto(step, state)``, ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here.
-        ``transactional``: it runs inside the transaction that hands the workflow on, with ``ctx.tx``. Raises AppError
-        for a signature that cannot be called.
+        ``transactional``: it runs inside the transaction that hands the workflow on, with ``ctx.tx``. ``blocking``: a ``def`` that
+        waits (for files, sockets, a subprocess) and runs in a thread. ``retry``: what happens when it raises (5 attempts).
+        ``timeout``: how long one attempt may take (5 minutes). Raises AppError for a signature that cannot be called, InputError
+        for a retry or timeout that cannot be.
         """
 
         def register(function: F) -> F:
@@ -58,6 +79,13 @@ class Machine:
                 raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
             if transactional and signature.is_async:
                 raise AppError(f"step '{step_name}' is async and transactional; a transactional step is a plain def")
+            if blocking and (transactional or signature.is_async):
+                other = "transactional" if transactional else "async"
+                raise AppError(
+                    f"step '{step_name}' is blocking and {other}; a blocking step is a plain def for a thread"
+                )
+            if retry is not None and not isinstance(retry, Retry):
+                raise AppError(f"retry of step '{step_name}': {retry!r} is no Retry(…)")
             if start and self.first is not None:
                 raise AppError(
                     f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True"
@@ -67,6 +95,9 @@ class Machine:
                 handler=function,
                 signature=signature,
                 is_transactional=transactional,
+                is_blocking=blocking,
+                retry=(retry or Retry()).policy,
+                timeout_s=self._timeout_s(step_name, timeout),
                 decoder=_decoder(signature.state, step_name),
             )
             self.steps[step_name] = step
@@ -87,22 +118,43 @@ class Machine:
             )
         return name
 
-    def start(self, value: Any, *, key: str | None = None, tx: psycopg.Connection[Any] | None = None) -> Handle:
+    def start(
+        self,
+        value: Any,
+        *,
+        key: str | None = None,
+        after: Duration | None = None,
+        at: datetime | None = None,
+        tx: psycopg.Connection[Any] | None = None,
+    ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
-        With ``tx`` it joins that connection's transaction: both commit or neither. Raises InputError before anything is written.
+        Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
+        database's clock). With ``tx`` it joins that connection's transaction: both commit or neither. Raises InputError before
+        anything is written.
         """
+        begin = beginning(after=after, at=at)
         first = self._first()
         payload = self._payload(first, value)
         key = None if key is None else checked_key(key)
         client = self.app.client
-        workflow_id = client.start(self.name, self.version, first.name, payload, key=key, tx=tx)
+        workflow_id = client.start(self.name, self.version, first.name, payload, key=key, begin=begin, tx=tx)
         return Handle(client, self.name, workflow_id)
 
     def start_many(
-        self, values: Sequence[Any], *, keys: Sequence[str] | None = None, tx: psycopg.Connection[Any] | None = None
+        self,
+        values: Sequence[Any],
+        *,
+        keys: Sequence[str] | None = None,
+        after: Duration | None = None,
+        at: datetime | None = None,
+        tx: psycopg.Connection[Any] | None = None,
     ) -> list[Handle]:
-        """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values."""
+        """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
+
+        ``after``, ``at``: as for ``start``, the same for all.
+        """
+        begin = beginning(after=after, at=at)
         if not values:
             return []
         first = self._first()
@@ -111,7 +163,7 @@ class Machine:
             raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
         keys = None if keys is None else [checked_key(key) for key in keys]
         client = self.app.client
-        ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, tx=tx)
+        ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, begin=begin, tx=tx)
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]
 
     def get(self, *, key: str) -> Handle:
@@ -125,6 +177,14 @@ class Machine:
         if self.first is None:
             raise AppError(f"machine '{self.name}' has no first step; declare one with @machine.step(start=True)")
         return self.first
+
+    def _timeout_s(self, step: str, timeout: Duration | None) -> float:
+        if timeout is None:
+            return self.app.settings.step_timeout_s
+        timeout_s = seconds(timeout, what=f"timeout of step '{step}'")
+        if not timeout_s:
+            raise InputError(f"timeout of step '{step}': {timeout!r} leaves it no time; leave it out for the default")
+        return timeout_s
 
     def _payload(self, first: Step, value: Any) -> str:
         what = f"the input of workflow '{self.name}'"
@@ -144,7 +204,7 @@ class App:
         self.name = checked_name("app", name)
         self.settings = settings or Settings()
         self.machines: dict[str, Machine] = {}
-        self.client = Client(dsn=dsn, data=Path(data) if data else None)
+        self.client = Client(dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state)
 
     def machine(self, name: str, *, state: Any = Any, version: int = 1) -> Machine:
         """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type."""
@@ -165,6 +225,14 @@ class App:
     def get(self, workflow_id: str) -> Handle:
         """Re-attach to a workflow by its whole id, from any process. Raises UnknownWorkflow."""
         return self.client.by_id(workflow_id)
+
+    def encoded_state(self, workflow: str, step: str, value: Any) -> str:
+        """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""
+        machine = self.machines.get(workflow)
+        known = machine.steps.get(step) if machine is not None else None
+        decoder = known.decoder if known is not None else msgspec.json.Decoder(Any)
+        limit = self.settings.payload_bytes_max
+        return encoded_input(value, decoder=decoder, what=f"the state of step '{step}'", bytes_max=limit).decode()
 
     def run(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
         """Run this app's workflows here, in this process and thread: for scripts, debuggers and notebooks.

@@ -7,7 +7,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import psycopg
 
 from durable_cluster import schema, statements
 from durable_cluster.context import short_id
-from durable_cluster.database import connect
+from durable_cluster.database import CONNECTION_LOST, connect
 from durable_cluster.embedded import EmbeddedPostgres
-from durable_cluster.errors import ResultTimeout, UnknownWorkflow, WorkflowFailed
+from durable_cluster.errors import ConnectionFailed, ResultTimeout, UnknownWorkflow, WorkflowFailed, WorkflowStuck
 from durable_cluster.settings import environment
 from durable_cluster.statements import State
 
@@ -27,14 +28,21 @@ POLL_S_FREQUENT = 0.02
 POLL_S_MAX = 0.25
 FREQUENT_POLLS_S = 1.0
 POLL_GROWTH = 1.5
+OUTAGE_S_MAX = 30.0
+KEPT: Any = object()
+"""No edited state: None is one."""
 
 
 class Client:
-    """The connections of one App."""
+    """The connections of one App.
 
-    def __init__(self, *, dsn: str | None, data: Path | None) -> None:
+    ``encode_state``: a state for a step, as JSON that fits it; see ``App.encoded_state``.
+    """
+
+    def __init__(self, *, dsn: str | None, data: Path | None, encode_state: Callable[[str, str, Any], str]) -> None:
         self._dsn = dsn
         self._data = data
+        self.encode_state = encode_state
         self._embedded: EmbeddedPostgres | None = None
         self._local = threading.local()
         self._lock = threading.Lock()
@@ -90,11 +98,12 @@ class Client:
         payload: str,
         *,
         key: str | None,
+        begin: timedelta | datetime | None,
         tx: psycopg.Connection[Any] | None,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
         where = tx if tx is not None else self.connection()
-        return statements.start(where, workflow, version=version, step=step, payload=payload, key=key)[0]
+        return statements.start(where, workflow, version=version, step=step, payload=payload, key=key, begin=begin)[0]
 
     def start_many(
         self,
@@ -104,11 +113,14 @@ class Client:
         payloads: Sequence[str],
         *,
         keys: Sequence[str] | None,
+        begin: timedelta | datetime | None,
         tx: psycopg.Connection[Any] | None,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
         where = tx if tx is not None else self.connection()
-        rows = statements.start_many(where, workflow, version=version, step=step, payloads=payloads, keys=keys)
+        rows = statements.start_many(
+            where, workflow, version=version, step=step, payloads=payloads, keys=keys, begin=begin
+        )
         return [workflow_id for workflow_id, _ in rows]
 
     def by_key(self, workflow: str, key: str) -> Handle:
@@ -145,6 +157,7 @@ class Handle:
         self._client = client
         self.workflow = workflow
         self.id = workflow_id
+        self._away_since: float | None = None
 
     def __repr__(self) -> str:
         return f"<Handle {self.workflow} {short_id(self.id)}…>"
@@ -157,18 +170,18 @@ class Handle:
         return state
 
     def status(self) -> str:
-        """'running', 'completed' or 'failed'."""
+        """'running', 'stuck' (it has a dead letter), 'completed' or 'failed'."""
         return self.state().status
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end, at most ``timeout`` seconds, and return the output (plain JSON values).
 
-        Raises WorkflowFailed, ResultTimeout. Reads only: every 2 to 20 ms for the first second, then up
-        to every 250 ms.
+        Raises WorkflowFailed, ResultTimeout, and WorkflowStuck while a dead letter stands for it. Reads only: every 2 to 20 ms for
+        the first second, then up to every 250 ms. A server that is away for less than 30 s is waited for.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for pause in _pauses():
-            known = statements.outcome(self._client.connection(), self.id)
+            known = self._outcome()
             if known is not None:
                 return self._answer(*known)
             time.sleep(self._pause(pause, deadline, timeout))
@@ -184,11 +197,38 @@ class Handle:
             await asyncio.sleep(self._pause(pause, deadline, timeout))
         raise AssertionError("unreachable: pauses never end")
 
+    def retry(self, state: Any = KEPT) -> None:
+        """Take a stuck workflow up again where it stopped: the same step, its attempts counted anew, its history kept.
+
+        ``state``: an edited one in place of the state as it was; it has to fit the step, if this program knows it. The database
+        role has to be an operator. Raises UnknownWorkflow when there is no dead letter (any more), and InputError; nothing has
+        changed then.
+        """
+        connection = self._client.connection()
+        if state is KEPT:
+            statements.retry_dead_letter(connection, self.id)
+            return
+        known = statements.outcome(connection, self.id)
+        if known is None or known[0] != "stuck":
+            raise UnknownWorkflow(f"workflow {short_id(self.id)}… ('{self.workflow}') has no dead letter to retry")
+        letter = msgspec.json.decode(known[1])
+        payload = self._client.encode_state(self.workflow, letter["step"], state)
+        statements.retry_dead_letter(connection, self.id, state=payload, seq=letter["seq"])
+
     def __await__(self) -> Generator[Any, None, Any]:
         return self.wait().__await__()
 
     def _outcome(self) -> tuple[str, str] | None:
-        return statements.outcome(self._client.connection(), self.id)
+        """Status and output, or None; also while the server is away, for so long as a restart or a failover may take."""
+        try:
+            known = statements.outcome(self._client.connection(), self.id)
+        except (ConnectionFailed, *CONNECTION_LOST):
+            self._away_since = self._away_since or time.monotonic()
+            if time.monotonic() - self._away_since > OUTAGE_S_MAX:
+                raise
+            return None
+        self._away_since = None
+        return known
 
     def _pause(self, pause: float, deadline: float | None, timeout: float | None) -> float:
         if deadline is None:
@@ -206,8 +246,18 @@ class Handle:
         if status == "completed":
             return value
         reason, step = value.get("reason", "unknown"), value.get("step", "?")
+        if status == "stuck":
+            raise WorkflowStuck(self._stuck(reason, step, value.get("attempt", 1)), reason=reason)
         raise WorkflowFailed(
             f"workflow {short_id(self.id)}… ('{self.workflow}') failed in step '{step}': {reason}", reason=reason
+        )
+
+    def _stuck(self, reason: str, step: str, attempts: int) -> str:
+        short = short_id(self.id)
+        return (
+            f"workflow {short}… ('{self.workflow}') is stuck in step '{step}' after {attempts}"
+            f" {'attempt' if attempts == 1 else 'attempts'}: {reason}; see 'durable-cluster dead-letters show {short}', retry it"
+            f" with 'durable-cluster dead-letters retry {short}'"
         )
 
 

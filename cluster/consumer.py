@@ -1,4 +1,6 @@
-"""One consumer: claim a window of a shard, run its pages, wait when there is nothing. One connection, no threads.
+"""One consumer: fire timers, claim a window of a shard, run its pages, tend the steps beside them, wait when there is nothing.
+
+All of it in one thread and on one connection; slow handlers have threads of their own (see ``beside``).
 
 A process that lost a window is a new incarnation: it comes back with a new owner's bits and a new name, because the engine
 still knows the old name as the holder of the window that somebody else now reads.
@@ -17,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.errors import ObjectInUse
 
-from durable_cluster import statements, telemetry
+from durable_cluster import side_statements, statements, telemetry
+from durable_cluster.aside import Aside, OnHang
+from durable_cluster.beside import Beside
 from durable_cluster.database import connect_worker
 from durable_cluster.envelope import AmbiguousPage, decode_page, header_of
 from durable_cluster.errors import BatchLost
+from durable_cluster.executor import Task
 from durable_cluster.handoff import NOBODYS_FAULT, Window
 from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
@@ -32,12 +37,22 @@ logger = logging.getLogger("durable_cluster.consumer")
 
 POLL_S_MIN = 0.001
 POLL_S_BUSY_MAX = 0.01
+AFTERMATH_POLL_S = 0.25
+TURN_S = 0.25
 
 
 class Consumer:
     """Reads one home shard, and any shard it is told to adopt."""
 
-    def __init__(self, dsn: str, shard: int, machines: Mapping[str, Machine], settings: Settings) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        shard: int,
+        machines: Mapping[str, Machine],
+        settings: Settings,
+        *,
+        on_hang: OnHang | None = None,
+    ) -> None:
         self.home = shard
         self.shards = [shard]
         self.owner = 0
@@ -47,16 +62,20 @@ class Consumer:
         self._settings = settings
         self._limits = {"lines_max": settings.page_lines_max, "bytes_max": settings.page_bytes_max}
         self._dead = timedelta(seconds=settings.dead_interval_s)
-        self._connection = connect_worker(dsn, name=f"durable-cluster shard {shard} starting", settings=settings)
-        self._connection.add_notify_handler(self._note)
+        self._connection = self._connected("starting")
         self._is_notified = False
-        self._pages = PageRunner(self._connection, machines, settings)
+        self._beside = Beside(settings)
+        self._pages = PageRunner(self._connection, machines, settings, self._beside)
+        self._aside = Aside(
+            self._connection, machines, settings, beside=self._beside, pages=self._pages, on_hang=on_hang
+        )
         self._joined: list[int] = []
         self._has_appended: dict[int, bool] = {}
         self._open: dict[int, int] = {}
+        self._released: set[int] = set()
         self._listening: set[int] = set()
         self._is_asleep = False
-        self._probe_takeover_at = 0.0
+        self._probe_takeover_at = self._sweep_at = 0.0
         self._member = ""
         self.reincarnate()
 
@@ -65,46 +84,94 @@ class Consumer:
         """The one connection; what runs between pages may use it."""
         return self._connection
 
+    @property
+    def inline(self) -> Task | None:
+        """The step that runs in the consumer's own thread now; another thread may ask."""
+        return self._pages.inline
+
     def reincarnate(self) -> None:
         """Take new owner's bits and a new member name."""
-        self.owner = secrets.randbits(63)
+        old, self.owner = self.owner, secrets.randbits(63)
         self._member = f"c{self.owner:016x}"
         self._joined = []
+        self._open.clear()
+        if old:
+            statements.reincarnate(self._connection, old, self.owner)
+        self._aside.owner = self.owner
+        self._name_session()
+
+    def reconnect(self) -> None:
+        """Go on, as the same owner, on a new connection after the old one was lost. Raises ConnectionFailed, OperationalError.
+
+        Whether a commit that was on its way went through is asked of the database; nothing is handed on again unasked.
+        """
+        self._connection.close()
+        self._connection = self._connected(self._member)
+        self._open = statements.holdings(self._connection, self.owner)
+        self._pages.use(self._connection)
+        self._aside.use(self._connection)
+        self._joined = []  # maintenance may have swept the name of a process that was away for long
+        self._has_appended.clear()
+        self._listening.clear()
+        self._is_asleep = False
+        self._probe_takeover_at = self._sweep_at = 0.0
+
+    def _connected(self, member: str) -> psycopg.Connection[Any]:
+        connection = connect_worker(
+            self._dsn, name=f"durable-cluster shard {self.home} {member}", settings=self._settings
+        )
+        connection.add_notify_handler(self._note)
+        return connection
+
+    def _name_session(self) -> None:
         self._connection.execute(
             "select set_config('application_name', %s, false)", (f"durable-cluster shard {self.home} {self._member}",)
         )
-
-    def successor(self) -> Consumer:
-        """A consumer like this one on a new connection, for when this one's is gone."""
-        fresh = Consumer(self._dsn, self.home, self._machines, self._settings)
-        fresh.shards, fresh.steps = self.shards, self.steps
-        return fresh
 
     def adopt(self, shard: int) -> None:
         """Read ``shard`` too, beginning with the windows that its dead consumer left."""
         if shard not in self.shards:
             self.shards = [*self.shards, shard]
             self._is_asleep = False
+        self._released.discard(shard)
         self._probe_takeover_at = 0.0
+        self._aside.look_soon()
 
     def release(self, shard: int) -> None:
-        """Stop reading ``shard``, unless it is home."""
-        self.shards = [other for other in self.shards if other != shard or other == self.home]
+        """Stop reading ``shard``, unless it is home; a window of it that is open here is read to its end first."""
+        if shard != self.home:
+            self._released.add(shard)
+        self._forget_released()
+
+    def _forget_released(self) -> None:
+        gone = self._released - self._open.keys()
+        self._released -= gone
+        self.shards = [shard for shard in self.shards if shard not in gone]
 
     def work(self, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
-        """One claim on each of its shards and all pages of what that gave. Whether there was anything.
+        """One claim on each of its shards and the pages of what that gave, for a quarter of a second. Whether there was anything.
 
-        ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays its owner's, and
-        the next call goes on with it. A claim takes a transaction id: an idle caller waits for ``wait`` to say yes.
+        With several shards it is one page each, by turns: however large the window of one, the others go on, and so do timers and
+        detached steps. ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays
+        its owner's, and the next call goes on with it. A claim takes a transaction id: an idle caller waits for ``wait``.
         """
-        found = [self._drain(shard, should_stop, on_page) for shard in tuple(self.shards)]
-        return any(found)
+        turn_ends = time.monotonic() + TURN_S
+
+        def is_over() -> bool:
+            return len(self.shards) > 1 or time.monotonic() > turn_ends or should_stop()
+
+        has_swept = self._sweep()
+        found = [self._drain(shard, is_over, on_page) for shard in tuple(self.shards)]
+        if self._released:
+            self._forget_released()
+        return bool(self._aside.tend()) or has_swept or any(found)
 
     def wait(self, idle_s: float, wakeups: Sequence[int] = ()) -> bool:
         """Wait until there may be work, or one of the file descriptors ``wakeups`` is ready, or a pause is over.
 
         ``idle_s``: seconds since the last work, which set the pause: 1 to 10 ms for the first second, then up to one second
-        with the shards marked idle, so that appenders notify. Reads only. Whether there is work.
+        with the shards marked idle, so that appenders notify; never longer than until the next timer is due, which is fired here.
+        Whether there is work.
         """
         busy_s = self._settings.busy_poll_s
         if idle_s <= busy_s:
@@ -113,25 +180,35 @@ class Consumer:
             pause_s = min(self._settings.idle_poll_s_max, (idle_s - busy_s) / 2 + POLL_S_BUSY_MAX)
             if not self._is_asleep:
                 self._fall_asleep()
-        has_work = self._has_work()
+        has_work, due_s = self._look()
         if not has_work:
-            self._pause(pause_s, wakeups)
-            has_work = self._has_work()
+            self._pause(pause_s if due_s is None else min(pause_s, max(POLL_S_MIN, due_s)), wakeups)
+            has_work = bool(self._aside.tend(is_taking=False))
+            has_work |= self._look()[0]
         if has_work and self._is_asleep:
             self._wake_up()
         return has_work
 
-    def close(self) -> None:
-        """Set what it holds free for others at once, take its names back and close the connection; safe twice."""
+    def expects_work(self, within_s: float) -> bool:
+        """Whether a detached step runs here, or a timer is due in so many seconds."""
+        due_s = side_statements.next_due(self._connection)
+        return self._aside.is_busy or (due_s is not None and due_s <= within_s)
+
+    def close(self, *, grace_s: float = 0.0) -> None:
+        """Give detached steps ``grace_s`` seconds to end, set free what it holds, and close the connection; safe twice."""
         if self._connection.closed:
             return
         try:
+            stop_at = time.monotonic() + grace_s
+            while self._aside.is_busy and time.monotonic() < stop_at:
+                self._aside.tend(is_taking=False)
+                self._pause(min(AFTERMATH_POLL_S, max(0.0, stop_at - time.monotonic())), ())
             statements.abandon(self._connection, self.owner)
             for shard in self._joined:
                 self._leave(shard)
         except psycopg.Error as error:
             logger.warning("shard %d: its windows could not be handed back: %s", self.home, type(error).__name__)
-        self._pages.close()
+        self._beside.close()
         self._connection.close()
 
     def _leave(self, shard: int) -> None:
@@ -151,8 +228,6 @@ class Consumer:
                 text = self._run_page(shard, text, should_stop)
         except BatchLost as lost:
             logger.warning("shard %d: %s", shard, lost)
-            self._open.clear()
-            statements.abandon(self._connection, self.owner)
             self.reincarnate()
         except NOBODYS_FAULT as conflict:
             logger.info("shard %d: %s in a claim; again", shard, type(conflict).__name__)
@@ -173,7 +248,7 @@ class Consumer:
             logger.info("shard %d: %s; the page is read again", shard, type(conflict).__name__)
             return self._read(batch)
         self.steps += done.steps
-        self._has_appended[shard] = done.ended < done.steps
+        self._has_appended[shard] = done.appended > 0
         if done.is_window_finished:
             del self._open[shard]
             return None
@@ -201,15 +276,40 @@ class Consumer:
             **self._limits,
         )
 
-    def _has_work(self) -> bool:
+    def _look(self) -> tuple[bool, float | None]:
+        """Whether there is anything to do, and in how many seconds the next timer is due. What is due is fired."""
         now = time.monotonic()
         is_probing = now >= self._probe_takeover_at
-        dead = self._dead if is_probing else None
-        if any(statements.probe(self._connection, shard, dead_interval=dead) for shard in self.shards):
-            return True  # a claim follows, which probes for takeovers if it is time
-        if is_probing:
+        has_work, due_s = statements.look(
+            self._connection,
+            self.shards,
+            dead_interval=self._dead if is_probing else None,
+            may_take=self._aside.room > 0,
+            with_suspect=self._aside.may_take_suspect,
+        )
+        if due_s is not None and due_s <= 0:
+            self._sweep_at = 0.0
+            has_work |= self._sweep()
+        if has_work:
+            self._aside.look_soon()  # and a claim follows, which probes for takeovers if it is time
+        elif is_probing:
             self._probe_takeover_at = now + self._settings.takeover_probe_s
-        return False
+        return has_work, due_s
+
+    def _sweep(self) -> bool:
+        """Fire the timers that are due, if it is time to look. Whether there were any."""
+        now = time.monotonic()
+        if now < self._sweep_at:
+            return False
+        self._sweep_at = now + self._settings.sweep_s
+        try:
+            fired = side_statements.sweep(self._connection)
+        except NOBODYS_FAULT as conflict:
+            logger.info("%s in a sweep; again", type(conflict).__name__)
+            return False
+        if fired:
+            self._sweep_at = 0.0
+        return fired > 0
 
     def _fall_asleep(self) -> None:
         for shard in self.shards:
@@ -228,7 +328,7 @@ class Consumer:
         """Until notified, woken, or the pause is over. A notification may also have come along with a statement's answer."""
         if not self._is_notified:
             poll = select.poll()
-            for descriptor in (self._connection.fileno(), *wakeups):
+            for descriptor in (self._connection.fileno(), self._beside.fileno(), *wakeups):
                 poll.register(descriptor, select.POLLIN)
             poll.poll(pause_s * 1000)
             self._connection.pgconn.consume_input()

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import psycopg
 
-from durable_cluster.continuation import Continuation, Done, Fail, Goto
-from durable_cluster.envelope import Envelope
-from durable_cluster.errors import AppError
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep
+from durable_cluster.durations import Duration, seconds
+from durable_cluster.envelope import Envelope, encode
+from durable_cluster.errors import AppError, InputError
+from durable_cluster.retry import Retry
 
 if TYPE_CHECKING:
     from durable_cluster.app import Machine
@@ -26,12 +29,13 @@ def short_id(workflow_id: str) -> str:
 class Context:
     """Given to a step whose first parameter is annotated with it."""
 
-    __slots__ = ("_connection", "_envelope", "_machine")
+    __slots__ = ("_connection", "_envelope", "_machine", "_said")
 
     def __init__(self, machine: Machine, envelope: Envelope, connection: psycopg.Connection[Any] | None = None) -> None:
         self._machine = machine
         self._envelope = envelope
         self._connection = connection
+        self._said: msgspec.Raw | None = None
 
     @property
     def workflow_id(self) -> str:
@@ -71,9 +75,46 @@ class Context:
             raise AppError(f"step '{self.step}' has no transaction; declare it with @machine.step(transactional=True)")
         return self._connection
 
-    def goto(self, step: str | Callable[..., Any], state: Any) -> Continuation:
-        """Go on with ``step`` (the decorated function, or its name) and ``state``."""
-        return Goto(self._machine.step_name(step), state)
+    @property
+    def progress(self) -> Any:
+        """What the attempt before this one last said to ``heartbeat`` (plain JSON values); None if it said nothing."""
+        return self._envelope.progress
+
+    def heartbeat(self, progress: Any) -> None:
+        """Say how far this step is (JSON): if it is interrupted, its next attempt finds that in ``progress``.
+
+        Kept in memory and written about once a second while the step runs beside the pages. Raises InputError.
+        """
+        try:
+            encoded = encode(progress)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"progress of step '{self.step}' is not JSON: {error}") from error
+        limit = self._machine.app.settings.payload_bytes_max
+        if len(encoded) > limit:
+            raise InputError(f"progress of step '{self.step}' has {len(encoded):,} bytes, the limit is {limit:,}")
+        self._said = msgspec.Raw(encoded)
+
+    @property
+    def said(self) -> Any:
+        """The last progress of this attempt, before it has any that of the one before: what can be encoded as JSON."""
+        return self._said if self._said is not None else self._envelope.progress
+
+    def goto(self, step: str | Callable[..., Any], state: Any, *, retry: Retry | None = None) -> Continuation:
+        """Go on with ``step`` (the decorated function, or its name) and ``state``.
+
+        ``retry``: for this call, in place of the step's own.
+        """
+        return Goto(self._machine.step_name(step), state, None if retry is None else retry.policy)
+
+    def sleep(
+        self, duration: Duration, then: str | Callable[..., Any], state: Any, *, retry: Retry | None = None
+    ) -> Continuation:
+        """Go on with ``then`` and ``state`` after ``duration``: seconds, a timedelta, or text such as "90s" and "7d".
+
+        Raises InputError.
+        """
+        goto = Goto(self._machine.step_name(then), state, None if retry is None else retry.policy)
+        return Sleep(seconds(duration, what="sleep"), goto)
 
     def done(self, output: Any = None) -> Continuation:
         """Complete the workflow; ``output`` (JSON) is what ``result()`` returns."""

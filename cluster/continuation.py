@@ -1,4 +1,4 @@
-"""What a step hands on: go to a step, be done, or fail. Pure data; the page turns it into rows."""
+"""What a step hands on: go to a step, now or after a sleep, be done, or fail. Pure data; the page turns it into rows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from typing import Any
 
 import msgspec
 
+from durable_cluster.retry import Policy
+
 
 class Goto(msgspec.Struct, frozen=True):
-    """The workflow goes on with ``step`` and ``state``."""
+    """The workflow goes on with ``step`` and ``state``; ``retry``: in place of the step's own policy."""
 
     step: str
     state: Any
+    retry: Policy | None = None
+
+
+class Sleep(msgspec.Struct, frozen=True):
+    """As ``goto``, after ``seconds``."""
+
+    seconds: float
+    goto: Goto
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -26,4 +36,4 @@ class Fail(msgspec.Struct, frozen=True):
     reason: str
 
 
-Continuation = Goto | Done | Fail
+Continuation = Goto | Sleep | Done | Fail

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.errors import ReadOnlySqlTransaction
 
 from durable_cluster.errors import ConfigurationError, ConnectionFailed, HandlerError
 from durable_cluster.settings import Settings
@@ -17,6 +18,8 @@ ENDS_A_TRANSACTION = re.compile(
     re.IGNORECASE,
 )
 IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL = 0.8
+CONNECTION_LOST = (psycopg.OperationalError, psycopg.InterfaceError, ReadOnlySqlTransaction)
+"""A server that is gone, shuts down, or after a failover only reads: another connection may find a better one."""
 
 
 def server_name(dsn: str) -> str:
@@ -67,8 +70,9 @@ def connect_worker(dsn: str, *, name: str, settings: Settings) -> psycopg.Connec
     idle_ms = int(settings.dead_interval_s * 1000 * IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL)
     connection.execute(
         "select set_config('lock_timeout', %s, false), set_config('idle_in_transaction_session_timeout', %s, false),"
-        " set_config('jit', 'off', false), set_config('default_transaction_isolation', 'read committed', false)",
-        (str(settings.lock_timeout_ms), str(idle_ms)),
+        " set_config('statement_timeout', %s, false), set_config('jit', 'off', false),"
+        " set_config('default_transaction_isolation', 'read committed', false)",
+        (str(settings.lock_timeout_ms), str(idle_ms), str(int(settings.step_timeout_s * 1000) or 1)),
     )
     return connection
 

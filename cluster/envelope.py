@@ -6,34 +6,80 @@ step to run and the state it runs with. Fields this version does not know are to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
+
+from durable_cluster.retry import Policy
+from durable_cluster.settings import NAME_PATTERN
+
+SEQ_MAX = 999_999_999
+NO_HEX = re.compile("[^0-9a-f]")
 
 
 class Envelope(
     msgspec.Struct,
     frozen=True,
     omit_defaults=True,
-    rename={"workflow_id": "w", "seq": "n", "workflow": "f", "step": "s", "version": "v", "attempt": "a", "state": "d"},
+    rename={
+        "workflow_id": "w",
+        "seq": "n",
+        "workflow": "f",
+        "step": "s",
+        "version": "v",
+        "state": "d",
+        "attempt": "a",
+        "granted": "g",
+        "unrouted": "u",
+        "retry": "r",
+        "progress": "p",
+    },
 ):
-    """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded."""
+    """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded.
+
+    ``granted``: attempts that were spent when a dead letter was taken up again: they count no more. ``unrouted``: how often no
+    process knew the step. ``retry``: a policy for this call alone. ``progress``: what the last attempt said, as JSON.
+    """
 
     workflow_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
-    seq: int
+    seq: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)]
     workflow: str
     step: str
     version: int
     state: msgspec.Raw
-    attempt: int = 1
+    attempt: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)] = 1
+    granted: int = 0
+    unrouted: int = 0
+    retry: Policy | None = None
+    progress: Any = None
+
+    @property
+    def has_names(self) -> bool:
+        """Whether workflow and step are names at all. To be asked where no code knows them: it costs more than the decoding."""
+        return all(re.fullmatch(NAME_PATTERN, name) for name in (self.workflow, self.step))
+
+    @property
+    def key(self) -> str:
+        """Id and step number: what names this step wherever it is not in the log."""
+        return f"{self.workflow_id}:{self.seq}"
+
+    @property
+    def is_of_a_workflow(self) -> bool:
+        """Whether its id can be one: somebody may have put the line into the log by hand."""
+        return NO_HEX.search(self.workflow_id) is None
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first line of a page's text: see ``durable.page``. ``events``: their transaction and event ids."""
+    """The first line of a page's text: see ``durable.page``. ``events``: their transaction and event ids.
+
+    ``suspects``: so many lines from here on run one by one, because a process died with one of them.
+    """
 
     batch: int
     takeovers: int
+    suspects: int
     done: tuple[str, int, int]
     last: bool
     events: list[tuple[str, int]]
@@ -109,6 +155,16 @@ def _decoded(line: str) -> Envelope | None:
         return _envelope.decode(line)
     except (msgspec.DecodeError, UnicodeError):
         return None
+
+
+def encode_line(envelope: Envelope) -> str:
+    """An envelope as a line of the log."""
+    return _encoder.encode(envelope).decode()
+
+
+def decode_line(line: str) -> Envelope:
+    """The envelope of a line that this package wrote. Raises msgspec.DecodeError."""
+    return _envelope.decode(line)
 
 
 def encode_chunks(envelopes: Iterable[Envelope], *, bytes_max: int) -> tuple[str, list[int]]:

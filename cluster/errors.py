@@ -12,7 +12,10 @@ DurableError
 │   └── EmbeddedError         the local Postgres
 ├── BatchLost                 the page belongs to somebody else now: roll back, forget
 ├── HandlerError              a step returned something that is no continuation
+├── StepTimeout               a step did not end within its timeout
+├── TerminalError             what a step raises to end its workflow: no retry, no dead letter
 ├── WorkflowFailed            what ``result()`` raises for a failed workflow
+├── WorkflowStuck             what ``result()`` raises for a workflow with a dead letter; a retry takes it up again
 └── ResultTimeout             ``result(timeout=…)`` ran out; the workflow goes on
 """
 
@@ -72,8 +75,28 @@ class HandlerError(DurableError):
     """A step returned something that is not a continuation."""
 
 
+class StepTimeout(DurableError, TimeoutError):
+    """A step did not end within its timeout."""
+
+
+class TerminalError(DurableError):
+    """What a step raises to end its workflow as failed, for ``reason``: it is not tried again and leaves no dead letter."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class WorkflowFailed(DurableError):
     """The workflow ended in failure; ``reason`` is what the step said."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class WorkflowStuck(DurableError):
+    """The workflow has not ended: its step cannot go on by itself. ``reason`` is what the step said; a retry takes it up again."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)

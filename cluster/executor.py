@@ -1,8 +1,10 @@
-"""One step: resolve the handler, run it, and turn what it returned into a successor or a terminal record."""
+"""One step: resolve the handler, run it, and turn what it returned or raised into what its page hands on."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,21 +12,51 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
-from durable_cluster.context import Context
-from durable_cluster.continuation import Continuation, Done, Fail, Goto
+from durable_cluster.context import Context, short_id
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.errors import DurableError, HandlerError
+from durable_cluster.errors import (
+    ConfigurationError,
+    DurableError,
+    HandlerError,
+    InputError,
+    StepTimeout,
+    TerminalError,
+)
 from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
     from durable_cluster.app import Machine, Step
 
+logger = logging.getLogger("durable_cluster.executor")
+
 TRACEBACK_CHARS_MAX = 4_000
 REASON_CHARS_MAX = 1_000
+UNROUTED_PAUSE_S_MAX = 60.0
+UNROUTED_DOUBLINGS = 6
 
-Result = Envelope | Outcome
-FAILURES = (Exception, asyncio.CancelledError)
-"""What a handler may raise to fail its own workflow. A cancellation is none of ours: nothing here cancels a step."""
+FAILURES = (Exception, asyncio.CancelledError, SystemExit)
+"""What a handler may raise to fail its own step. A cancellation is none of ours, or of a step whose result nobody waits for."""
+NOT_RETRIED = (HandlerError, ConfigurationError, InputError)
+"""Mistakes in the code: another attempt would fail the same way; a dead letter waits for a better version."""
+
+
+class Later(msgspec.Struct, frozen=True):
+    """A step event to be delivered after ``delay_s`` seconds."""
+
+    envelope: Envelope
+    delay_s: float
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A step that cannot go on. ``reason``: see ``durable.bury``; ``details``: what a failed workflow says too."""
+
+    envelope: Envelope
+    reason: str
+    details: dict[str, Any]
+
+
+Result = Envelope | Outcome | Later | DeadLetter
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -35,77 +67,143 @@ class Task(msgspec.Struct, frozen=True):
     envelope: Envelope
 
 
-def resolve(machines: Mapping[str, Machine], envelope: Envelope) -> Task | Outcome:
-    """The task for an envelope, or the failure of a workflow whose name or step this code does not know."""
+def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result:
+    """The task for an envelope.
+
+    One that this code knows no handler for waits for a process that does, for ``limit_s`` seconds in all: during a deployment
+    old and new code run side by side.
+    """
     machine = machines.get(envelope.workflow)
     if machine is None:
-        return failure(
-            envelope, f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}"
-        )
+        return _unrouted(envelope, f"no workflow '{envelope.workflow}' in this app", machines, limit_s)
     step = machine.steps.get(envelope.step)
     if step is None:
-        return failure(envelope, f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code")
+        return _unrouted(
+            envelope,
+            f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code",
+            machine.steps,
+            limit_s,
+        )
     return Task(machine, step, envelope)
 
 
-def call(task: Task, connection: psycopg.Connection[Any] | None = None) -> Result:
+def call(task: Task, context: Context) -> Result:
     """Run a ``def`` step and let what it raises pass: what a transactional step did must then be rolled back."""
-    return conclude(task, task.step.handler(*_arguments(task, connection)))
+    return conclude(task, task.step.handler(*_arguments(task, context)))
 
 
-def run(task: Task) -> Result:
-    """Run a ``def`` step. What the handler raises is a failed step of this workflow alone."""
+def run(task: Task, context: Context) -> Result:
+    """Run a ``def`` step. What the handler raises is a failed attempt of this step alone."""
     try:
-        return call(task)
+        return call(task, context)
     except FAILURES as error:
-        return failed(task.envelope, error)
+        # The interruption of a thread that ran too long comes without words.
+        return failed(task, timed_out(task) if type(error) is StepTimeout and not error.args else error, context)
 
 
-async def run_async(task: Task) -> Result:
-    """Run an ``async def`` step."""
+async def run_async(task: Task, context: Context) -> Result:
+    """Run an ``async def`` step, for as long as its timeout allows."""
     try:
-        return conclude(task, await task.step.handler(*_arguments(task, None)))
+        async with asyncio.timeout(task.step.timeout_s) as limit:
+            returned = await task.step.handler(*_arguments(task, context))
+        return conclude(task, returned)
     except FAILURES as error:
-        return failed(task.envelope, error)
+        return failed(task, timed_out(task) if limit.expired() and isinstance(error, TimeoutError) else error, context)
+
+
+def context_of(task: Task, connection: psycopg.Connection[Any] | None = None) -> Context:
+    """What a step is told about itself. One for each run."""
+    return Context(task.machine, task.envelope, connection)
+
+
+def timed_out(task: Task) -> StepTimeout:
+    """The error of a step that ran too long."""
+    return StepTimeout(f"step '{task.step.name}' did not end within its timeout of {task.step.timeout_s:g} s")
 
 
 def conclude(task: Task, returned: Continuation) -> Result:
-    """A continuation as the workflow's next envelope or its terminal record. Raises HandlerError for anything else."""
+    """What a continuation hands on. Raises HandlerError for anything else."""
     envelope = task.envelope
     if type(returned) is Goto:
-        if returned.step not in task.machine.steps:
-            raise HandlerError(
-                f"step '{envelope.step}' went to {returned.step!r}, which '{task.machine.name}' does not have"
-            )
-        state = _encoded(task, returned.state)
-        return Envelope(
-            envelope.workflow_id,
-            envelope.seq + 1,
-            envelope.workflow,
-            returned.step,
-            task.machine.version,
-            msgspec.Raw(state),
-        )
+        return _successor(task, returned)
     if type(returned) is Done:
         return Outcome(envelope.workflow_id, "completed", _encoded(task, returned.output).decode())
+    if type(returned) is Sleep:
+        return Later(_successor(task, returned.goto), returned.seconds)
     if type(returned) is Fail:
         return failure(envelope, str(returned.reason))
     raise HandlerError(
         f"step '{envelope.step}' returned {type(returned).__name__};"
-        " return ctx.goto(step, state), ctx.done(output) or ctx.fail(reason)"
+        " return ctx.goto(step, state), ctx.sleep(duration, step, state), ctx.done(output) or ctx.fail(reason)"
     )
 
 
-def failed(envelope: Envelope, error: BaseException) -> Outcome:
-    """The terminal record of a workflow whose step raised ``error``."""
-    reason = _said(error) if isinstance(error, DurableError) else f"{type(error).__name__}: {_said(error)}"
-    trace = "".join(traceback.format_exception(error))[-TRACEBACK_CHARS_MAX:]
-    return failure(envelope, reason, trace=trace)
+def failed(task: Task, error: BaseException, context: Context) -> Result:
+    """What becomes of a step that raised ``error``: another attempt later, a dead letter, or the workflow's end."""
+    envelope = task.envelope
+    reason = _reason(error)
+    if isinstance(error, TerminalError):
+        return failure(envelope, reason, trace=_trace(error))
+    policy = envelope.retry or task.step.retry
+    spent = envelope.attempt - envelope.granted
+    if isinstance(error, NOT_RETRIED) or not policy.is_retried(error):
+        return dead_letter(envelope, "given_up", reason, trace=_trace(error))
+    if spent >= policy.attempts:
+        return dead_letter(envelope, "attempts", reason, trace=_trace(error))
+    pause_s = policy.pause_s(spent, chance=random.random())
+    again = msgspec.structs.replace(
+        envelope, seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
+    )
+    return Later(again, pause_s)
+
+
+def dead_letter(envelope: Envelope, kind: str, reason: str, *, trace: str | None = None) -> DeadLetter:
+    """A step that is set aside until somebody takes it up again."""
+    return DeadLetter(envelope, kind, _said_of(envelope, reason, trace))
+
+
+def crashed(envelope: Envelope, times: int) -> DeadLetter:
+    """A step that was running alone so many times when its process died."""
+    reason = f"the process died {times} times while step '{envelope.step}' ran alone; see the cluster's log for how"
+    return dead_letter(envelope, "crashes", reason)
 
 
 def failure(envelope: Envelope, reason: str, *, trace: str | None = None) -> Outcome:
     """The terminal record of a failed workflow."""
-    said = {
+    return Outcome(envelope.workflow_id, "failed", encode(_said_of(envelope, reason, trace)).decode())
+
+
+def _successor(task: Task, to: Goto) -> Envelope:
+    envelope = task.envelope
+    if to.step not in task.machine.steps:
+        raise HandlerError(f"step '{envelope.step}' went to {to.step!r}, which '{task.machine.name}' does not have")
+    return Envelope(
+        envelope.workflow_id,
+        envelope.seq + 1,
+        envelope.workflow,
+        to.step,
+        task.machine.version,
+        msgspec.Raw(_encoded(task, to.state)),
+        retry=to.retry,
+    )
+
+
+def _unrouted(envelope: Envelope, what: str, known: Mapping[str, object], limit_s: float) -> Result:
+    if _waited_s(envelope.unrouted) >= limit_s:
+        return dead_letter(envelope, "unroutable", f"{what}; it has {', '.join(known) or 'none'}")
+    if envelope.unrouted == 0:
+        logger.warning("%s; %s… waits for a process that does", what, short_id(envelope.workflow_id))
+    pause_s = min(UNROUTED_PAUSE_S_MAX, 2.0 ** min(envelope.unrouted, UNROUTED_DOUBLINGS))
+    return Later(msgspec.structs.replace(envelope, unrouted=envelope.unrouted + 1), pause_s)
+
+
+def _waited_s(times: int) -> float:
+    """How long a step has waited that was put off so many times: 1, 2, 4 … 32 s, then a minute each."""
+    return 2.0 ** min(times, UNROUTED_DOUBLINGS) - 1 + UNROUTED_PAUSE_S_MAX * max(0, times - UNROUTED_DOUBLINGS)
+
+
+def _said_of(envelope: Envelope, reason: str, trace: str | None) -> dict[str, Any]:
+    said: dict[str, Any] = {
         "reason": _clean(reason[:REASON_CHARS_MAX]),
         "step": envelope.step,
         "seq": envelope.seq,
@@ -113,7 +211,17 @@ def failure(envelope: Envelope, reason: str, *, trace: str | None = None) -> Out
     }
     if trace is not None:
         said["traceback"] = _clean(trace)
-    return Outcome(envelope.workflow_id, "failed", encode(said).decode())
+    return said
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, DurableError):
+        return _said(error)
+    return f"{type(error).__name__}: {_said(error)}"
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-TRACEBACK_CHARS_MAX:]
 
 
 def _said(error: BaseException) -> str:
@@ -128,14 +236,12 @@ def _clean(text: str) -> str:
     return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
-def _arguments(task: Task, connection: psycopg.Connection[Any] | None) -> tuple[Any, ...]:
+def _arguments(task: Task, context: Context) -> tuple[Any, ...]:
     try:
         state = task.step.decoder.decode(task.envelope.state)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandlerError(f"the state does not fit step '{task.step.name}': {error}") from error
-    if task.step.signature.takes_context:
-        return Context(task.machine, task.envelope, connection), state
-    return (state,)
+    return (context, state) if task.step.signature.takes_context else (state,)
 
 
 def _encoded(task: Task, value: object) -> bytes:

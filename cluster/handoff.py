@@ -10,18 +10,21 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import psycopg
-from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
+from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, SerializationFailure
 from psycopg.pq import TransactionStatus
 
-from durable_cluster import executor, statements
-from durable_cluster.envelope import Envelope, Page, encode_chunks
+from durable_cluster import executor, side_statements, statements
+from durable_cluster.beside import Run
+from durable_cluster.context import Context, short_id
+from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, encode_line
 from durable_cluster.errors import HandlerError
-from durable_cluster.executor import Result, Task
+from durable_cluster.executor import DeadLetter, Later, Result, Task
 from durable_cluster.settings import Settings
 from durable_cluster.statements import Outcome
 
@@ -32,8 +35,27 @@ CONFLICT_PAUSE_S_MAX = 0.05
 GROUP_SHRINKS_TO = 0.25
 CONFLICTS_MAX = 8
 
-Slot = Result | Task | None
+
+class Detached(msgspec.Struct, frozen=True):
+    """A step that leaves its page: ``run`` goes on here, or without one any process may take it. ``crashes``: see ``Run``."""
+
+    envelope: Envelope
+    run: Run | None
+    crashes: int = 0
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a detached step of a workflow on ``shard`` came to."""
+
+    envelope: Envelope
+    shard: int
+    result: Result
+
+
+Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
+
+NOT_IN_THE_LOG = (Later, Detached, DeadLetter)
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,11 +70,11 @@ class Conflict(Exception):
 
 
 class StepFailed(Exception):
-    """The transactional step of slot ``index`` failed; ``outcome`` says how."""
+    """The transactional step of slot ``index`` failed; ``result`` says what becomes of it."""
 
-    def __init__(self, index: int, outcome: Outcome) -> None:
+    def __init__(self, index: int, result: Result) -> None:
         self.index = index
-        self.outcome = outcome
+        self.result = result
 
 
 class Handoff:
@@ -63,18 +85,33 @@ class Handoff:
         self._bytes_max = settings.page_bytes_max
         self._group_max = settings.transactional_steps_max
         self._group = self._group_max
+        self._timeout_s = settings.step_timeout_s
+        self._on_task: Callable[[Task | None], None] = lambda _: None
 
-    def commit(self, window: Window, page: Page, slots: list[Slot]) -> list[Slot]:
-        """Hand on every slot; the slots with their results. Raises BatchLost: what was committed before it stays."""
+    def commit(
+        self,
+        window: Window,
+        page: Page,
+        slots: list[Slot],
+        *,
+        first: int = 0,
+        on_task: Callable[[Task | None], None] = lambda _: None,
+    ) -> list[Slot]:
+        """Hand on the lines of ``page`` from ``first`` on, a slot each; the slots with their results.
+
+        ``on_task`` hears of each transactional step before it runs, and when none does. Raises BatchLost: what was committed before
+        it stays.
+        """
+        self._on_task = on_task
         begin = conflicts = 0
         while True:
             end = self._group_end(slots, begin)
             try:
-                self._hand_on(window, page, slots, begin, end)
+                self._hand_on(window, page, slots, begin=begin, end=end, first=first)
             except Conflict as conflict:
                 conflicts += 1
                 if self._group == 1 and conflicts > CONFLICTS_MAX:
-                    _put_back(slots, begin)
+                    _put_back(slots, begin, conflict)
                     continue
                 self._group = max(1, int(self._group * GROUP_SHRINKS_TO))
                 logger.info(
@@ -83,7 +120,7 @@ class Handoff:
                 time.sleep(random.uniform(0, CONFLICT_PAUSE_S_MAX))
                 continue
             except StepFailed as failure:
-                slots[failure.index] = failure.outcome
+                slots[failure.index] = failure.result
                 continue
             begin, conflicts = end, 0
             if begin == len(slots):
@@ -98,37 +135,97 @@ class Handoff:
                 return index
         return len(slots)
 
-    def _hand_on(self, window: Window, page: Page, slots: list[Slot], begin: int, end: int) -> None:
-        """Commit the lines from ``begin`` to ``end`` and put their results into ``slots``."""
+    def _hand_on(self, window: Window, page: Page, slots: list[Slot], *, begin: int, end: int, first: int) -> None:
+        """Commit the slots from ``begin`` to ``end`` and put their results into ``slots``. Slot 0 is the page's line ``first``."""
         results = slots[begin:end]
         tasks = [index for index, slot in enumerate(results) if isinstance(slot, Task)]
-        if not tasks:
-            self._commit(window, page, results, begin, is_fenced=False)
+        if not tasks and not any(isinstance(slot, NOT_IN_THE_LOG) for slot in results):
+            self._commit(window, page, results, first + begin, is_fenced=False)
             return
         try:
             with self._connection.transaction():
-                statements.fence(self._connection, batch=page.header.batch, owner=window.owner, done=page.cursor(begin))
+                done = page.cursor(first + begin)
+                statements.fence(self._connection, batch=page.header.batch, owner=window.owner, done=done)
                 for index in tasks:
                     results[index] = self._run(results[index], begin + index)
-                self._settle([begin + index for index in tasks], slots)
-                self._commit(window, page, results, begin, is_fenced=True)
+                if tasks:
+                    self._settle([begin + index for index in tasks], slots)
+                self._set_aside(window.shard, window.owner, results)
+                self._commit(window, page, results, first + begin, is_fenced=True)
         except NOBODYS_FAULT as error:
             raise Conflict from error
+        finally:
+            self._on_task(None)
         slots[begin:end] = results
-        self._group = min(self._group + 1, self._group_max)
+        for slot in results:
+            if isinstance(slot, Detached) and slot.run is not None:
+                slot.run.is_recorded = True
+        if tasks:
+            self._group = min(self._group + 1, self._group_max)
+
+    def complete(self, owner: int, answers: Sequence[Answer]) -> int:
+        """Hand on what detached steps answered, in one transaction; how many of them were still ``owner``'s.
+
+        The others' answers are dropped: somebody else was given those steps.
+        """
+        with self._connection.transaction():
+            still = side_statements.complete_detached(
+                self._connection, owner=owner, keys=[one.envelope.key for one in answers]
+            )
+            ours = [one for one in answers if one.envelope.key in still]
+            for shard in sorted({one.shard for one in ours}):
+                results: list[Slot] = [one.result for one in ours if one.shard == shard]
+                self._set_aside(shard, owner, results)
+                steps, counts, outcomes = self._for_the_log(results)
+                statements.hand_on(self._connection, shard=shard, steps=steps, counts=counts, outcomes=outcomes)
+        return len(ours)
+
+    def _set_aside(self, shard: int, owner: int, results: list[Slot]) -> None:
+        """Write what does not go on in the log: timers, detached steps, dead letters. In the transaction that hands the rest on."""
+        for index, slot in enumerate(results):
+            if isinstance(slot, NOT_IN_THE_LOG) and not slot.envelope.is_of_a_workflow:
+                logger.error("a line of the log has no workflow's id; it is passed over")
+                results[index] = None
+        if later := [slot for slot in results if isinstance(slot, Later)]:
+            side_statements.schedule(
+                self._connection, [slot.envelope for slot in later], [slot.delay_s for slot in later]
+            )
+        if detached := [slot for slot in results if isinstance(slot, Detached)]:
+            side_statements.detach(
+                self._connection,
+                shard=shard,
+                owners=[0 if slot.run is None else owner for slot in detached],
+                envelopes=[slot.envelope for slot in detached],
+                crashes=[slot.crashes for slot in detached],
+            )
+        if dead := [slot for slot in results if isinstance(slot, DeadLetter)]:
+            statements.bury(
+                self._connection,
+                [encode_line(slot.envelope) for slot in dead],
+                [slot.reason for slot in dead],
+                [encode(slot.details).decode() for slot in dead],
+            )
+            for slot in dead:
+                of = slot.envelope
+                short = short_id(of.workflow_id)
+                logger.warning("step '%s' of '%s' %s… is a dead letter (%s)", of.step, of.workflow, short, slot.reason)
 
     def _run(self, task: Slot, index: int) -> Result:
         """Run one transactional step. Raises StepFailed, or Conflict where it is nobody's fault."""
         assert isinstance(task, Task)
         row_factory, cursor_factory = self._connection.row_factory, self._connection.cursor_factory
+        context = executor.context_of(task, self._connection)
+        self._on_task(task)
         try:
-            result = executor.call(task, self._connection)
+            with self._limited(task):
+                result = executor.call(task, context)
         except executor.FAILURES as error:
             if any(isinstance(cause, NOBODYS_FAULT) for cause in _causes(error)):
                 raise Conflict from error
             if self._connection.broken:
                 raise
-            raise _failed(task, index, error) from error
+            is_late = any(isinstance(cause, QueryCanceled) for cause in _causes(error))
+            raise _failed(task, index, executor.timed_out(task) if is_late else error, context) from error
         finally:
             self._connection.row_factory, self._connection.cursor_factory = row_factory, cursor_factory
         status = self._connection.info.transaction_status
@@ -140,6 +237,7 @@ class Handoff:
                 task,
                 index,
                 HandlerError(f"step '{task.step.name}': {what}; let the error pass, and never commit ctx.tx"),
+                context,
             )
         return result
 
@@ -155,11 +253,13 @@ class Handoff:
                 raise
             if len(tasks) > 1:
                 raise Conflict from error
-            raise _failed(slots[tasks[0]], tasks[0], error) from error
+            only = slots[tasks[0]]
+            assert isinstance(only, Task)
+            raise _failed(only, tasks[0], error, executor.context_of(only)) from error
 
     def _commit(self, window: Window, page: Page, results: list[Slot], begin: int, *, is_fenced: bool) -> None:
         end = begin + len(results)
-        steps, counts = encode_chunks([r for r in results if isinstance(r, Envelope)], bytes_max=self._bytes_max)
+        steps, counts, outcomes = self._for_the_log(results)
         statements.commit_page(
             self._connection,
             is_fenced=is_fenced,
@@ -171,24 +271,42 @@ class Handoff:
             is_last=page.header.last and end == len(page.lines),
             steps=steps,
             counts=counts,
-            outcomes=[r for r in results if isinstance(r, Outcome)],
+            outcomes=outcomes,
         )
 
+    def _for_the_log(self, results: Sequence[Slot]) -> tuple[str, list[int], list[Outcome]]:
+        steps, counts = encode_chunks([r for r in results if isinstance(r, Envelope)], bytes_max=self._bytes_max)
+        return steps, counts, [r for r in results if isinstance(r, Outcome)]
 
-def _put_back(slots: list[Slot], begin: int) -> None:
+    @contextmanager
+    def _limited(self, task: Task) -> Iterator[None]:
+        """While it runs, no statement of the step may take longer than its timeout; the default's limit is the connection's own."""
+        if task.step.timeout_s == self._timeout_s:
+            yield
+            return
+        self._limit_statements(task.step.timeout_s)
+        yield
+        if self._connection.info.transaction_status == TransactionStatus.INTRANS:
+            self._limit_statements(self._timeout_s)
+
+    def _limit_statements(self, timeout_s: float) -> None:
+        self._connection.execute("select set_config('statement_timeout', %s, true)", (str(int(timeout_s * 1000) or 1),))
+
+
+def _put_back(slots: list[Slot], begin: int, conflict: Conflict) -> None:
     """The first transactional step from ``begin`` on goes to the end of the log as it is, without an attempt, and its
     neighbours go on: what it waits for may be locked for long.
     """
-    index = next(index for index in range(begin, len(slots)) if isinstance(slots[index], Task))
-    task = slots[index]
-    assert isinstance(task, Task)
+    index = next((index for index in range(begin, len(slots)) if isinstance(slots[index], Task)), None)
+    task = None if index is None else slots[index]
+    if index is None or not isinstance(task, Task):
+        raise conflict.__cause__ or conflict
     logger.warning("step '%s' of '%s' conflicts again and again; it is put back", task.step.name, task.machine.name)
     slots[index] = task.envelope
 
 
-def _failed(task: Slot, index: int, error: BaseException) -> StepFailed:
-    assert isinstance(task, Task)
-    return StepFailed(index, executor.failed(task.envelope, error))
+def _failed(task: Task, index: int, error: BaseException, context: Context) -> StepFailed:
+    return StepFailed(index, executor.failed(task, error, context))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

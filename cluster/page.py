@@ -2,133 +2,157 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
 
-from durable_cluster import executor
+from durable_cluster import executor, statements
+from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
-from durable_cluster.executor import Result, Task
-from durable_cluster.handoff import Handoff, Slot, Window
+from durable_cluster.executor import Task
+from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
 from durable_cluster.settings import Settings
-from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
     from durable_cluster.app import Machine
 
 logger = logging.getLogger("durable_cluster.page")
 
-T = TypeVar("T")
-
-
-class AsyncRunner:
-    """The event loop of the async steps, kept from page to page.
-
-    It runs in this thread; where a loop runs here already, as in a notebook, in a thread of its own.
-    """
-
-    def __init__(self) -> None:
-        self._loop: asyncio.Runner | None = None
-        self._thread: ThreadPoolExecutor | None = None
-
-    def submit(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run ``main()`` to its end."""
-        if self._loop is None:
-            self._loop = asyncio.Runner()
-            self._thread = ThreadPoolExecutor(1, "durable-async-steps") if _is_in_a_loop() else None
-        if self._thread is not None:
-            return self._thread.submit(self._loop.run, main()).result()
-        return self._loop.run(main())
-
-    def close(self) -> None:
-        """End the loop; safe twice."""
-        if self._loop is not None and self._thread is not None:
-            self._thread.submit(self._loop.close).result()
-            self._thread.shutdown()
-        elif self._loop is not None:
-            self._loop.close()
-        self._loop = self._thread = None
-
-
-def _is_in_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
 
 class PageDone(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a page: lines handed on, workflows ended, whether its window is finished."""
+    """What became of a page: lines handed on, those that have a successor in the log now, whether its window is finished."""
 
     steps: int
-    ended: int
-    failed: int
+    appended: int
     is_window_finished: bool
 
 
 class PageRunner:
-    """Runs the pages of one consumer on its one connection."""
+    """Runs the pages of one consumer on its one connection; slow steps go on beside them."""
 
     def __init__(
-        self, connection: psycopg.Connection[Any], machines: Mapping[str, Machine], settings: Settings
+        self, connection: psycopg.Connection[Any], machines: Mapping[str, Machine], settings: Settings, beside: Beside
     ) -> None:
+        self.inline: Task | None = None
+        self._connection = connection
         self._machines = machines
+        self._settings = settings
         self._window_s = settings.page_window_ms / 1000
         self._handoff = Handoff(connection, settings)
-        self._runner = AsyncRunner()
+        self._beside = beside
+        self._slow_steps: set[tuple[str, str]] = set()
 
     def run(self, window: Window, page: Page) -> PageDone:
         """Run as much of ``page`` as its time window lets begin, and commit it. Raises BatchLost."""
-        slots = self._phase_1(page.lines)
-        results = self._handoff.commit(window, page, slots)
-        ended = [result for result in results if isinstance(result, Outcome)]
+        if page.header.suspects:
+            return self._run_suspects(window, page)
+        slots, runs = self._phase_1(page.lines, window.shard)
+        try:
+            results = self._commit(window, page, slots)
+        except BaseException:
+            self._beside.drop(run for run in runs if not run.is_recorded)
+            raise
+        return self._done(page, results)
+
+    def _done(self, page: Page, results: Sequence[Slot]) -> PageDone:
         return PageDone(
             steps=len(results),
-            ended=len(ended),
-            failed=sum(result.status == "failed" for result in ended),
+            appended=sum(isinstance(result, Envelope) for result in results),
             is_window_finished=page.header.last and len(results) == len(page.lines),
         )
 
-    def close(self) -> None:
-        """End the event loop of the async steps."""
-        self._runner.close()
+    def _commit(self, window: Window, page: Page, slots: list[Slot], first: int = 0) -> list[Slot]:
+        def on_task(task: Task | None) -> None:
+            self.inline = task
 
-    def _phase_1(self, lines: Sequence[Envelope | None]) -> list[Slot]:
-        """A slot for each line that the time window let begin. Transactional steps stay tasks: they run in phase 2."""
+        return self._handoff.commit(window, page, slots, first=first, on_task=on_task)
+
+    def _phase_1(self, lines: Sequence[Envelope | None], shard: int) -> tuple[list[Slot], list[Run]]:
+        """A slot for each line that the time window let begin, and the runs that outlast it.
+
+        Transactional steps stay tasks: they run in phase 2. Steps beside the page begin when the others are through, and are
+        waited for as long as the window lasts, unless steps of their kind have outlasted it before.
+        """
         stop_at = time.monotonic() + self._window_s
+        room = self._settings.detached_max - self._beside.in_flight
         slots: list[Slot] = []
-        awaited: list[tuple[int, Task]] = []
+        runs: list[tuple[int, Run]] = []
         for envelope in lines:
             if slots and time.monotonic() > stop_at:
                 break
             slot = self._begin(envelope)
-            if isinstance(slot, Task) and slot.step.signature.is_async:
-                awaited.append((len(slots), slot))
+            if isinstance(slot, Task) and slot.step.is_beside:
+                if len(runs) < room:
+                    runs.append((len(slots), Run(slot, shard)))
+                else:
+                    slot = Detached(slot.envelope, None)
             slots.append(slot)
-        if awaited:
-            results = self._run_async([task for _, task in awaited])
-            for (index, _), result in zip(awaited, results, strict=True):
-                slots[index] = result
-        return slots
+        self.inline = None
+        if not runs:
+            return slots, []
+        self._beside.begin([run for _, run in runs])
+        self._beside.wait([run for _, run in runs if self._kind(run) not in self._slow_steps], until=stop_at)
+        slow = self._beside.detach([run for _, run in runs])
+        for index, run in runs:
+            if run.is_detached:
+                self._slow_steps.add(self._kind(run))
+                slots[index] = Detached(run.task.envelope, run)
+            else:
+                self._slow_steps.discard(self._kind(run))
+                slots[index] = run.result
+        return slots, slow
+
+    def _kind(self, run: Run) -> tuple[str, str]:
+        return run.task.machine.name, run.task.step.name
 
     def _begin(self, envelope: Envelope | None) -> Slot:
         if envelope is None:
             logger.error("a line of the log is no step event; it is passed over")
             return None
-        task = executor.resolve(self._machines, envelope)
-        if not isinstance(task, Task) or task.step.is_transactional or task.step.signature.is_async:
+        task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
+        if not isinstance(task, Task) and not envelope.has_names:
+            return self._begin(None)
+        if not isinstance(task, Task) or task.step.is_transactional or task.step.is_beside:
             return task
-        return executor.run(task)
+        self.inline = task
+        return executor.run(task, executor.context_of(task))
 
-    def _run_async(self, tasks: Sequence[Task]) -> list[Result]:
-        async def all_of_them() -> list[Result]:
-            return await asyncio.gather(*map(executor.run_async, tasks))
+    def _run_suspects(self, window: Window, page: Page) -> PageDone:
+        """A process died with one of these lines: each runs and is committed alone, and is known to run before it does.
 
-        return self._runner.submit(all_of_them)
+        One beside which processes have died too often becomes a dead letter. A step that would run beside the page is put
+        among the detached ones, where suspects also run alone.
+        """
+        results: list[Slot] = []
+        for index, envelope in enumerate(page.lines[: page.header.suspects]):
+            cursor = page.cursor(index)
+            crashes = statements.mark_suspect(
+                self._connection, batch=page.header.batch, owner=window.owner, done=cursor
+            )
+            if envelope is not None and crashes > self._settings.max_crashes:
+                slot: Slot = executor.crashed(envelope, crashes - 1)
+            else:
+                slot = self._begin(envelope)
+                self.inline = None
+                if isinstance(slot, Task) and slot.step.is_beside:
+                    slot = Detached(slot.envelope, None, crashes)
+            results += self._commit(window, page, [slot], first=index)
+        return self._done(page, results)
+
+    def complete(self, owner: int, answers: Sequence[Answer]) -> int:
+        """See ``Handoff.complete``."""
+        return self._handoff.complete(owner, answers)
+
+    def use(self, connection: psycopg.Connection[Any]) -> None:
+        """Go on with a new connection."""
+        self._connection = connection
+        self._handoff = Handoff(connection, self._settings)
+
+    def took(self, run: Run) -> None:
+        """A detached step has ended: if it was quick after all, the next of its kind is waited for again."""
+        if run.took_s < self._window_s:
+            self._slow_steps.discard(self._kind(run))

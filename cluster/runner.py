@@ -10,12 +10,14 @@ from durable_cluster import schema, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import connect
 
+WORTH_WAITING_S = 60.0
+
 if TYPE_CHECKING:
     from durable_cluster.app import App
 
 
 def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
-    """Run until nothing is ready, the limit is over, or for ever. Steps run."""
+    """Run until nothing is ready or due within a minute, the limit is over, or for ever. Steps run."""
     dsn = app.client.dsn
     with connect(dsn, name="durable-cluster run") as connection:
         shards = schema.demand_installed(connection)
@@ -32,7 +34,7 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
         while not is_over():
             if may_have_work and consumer.work(is_over, lambda: None):
                 last_work, may_have_work = time.monotonic(), True
-            elif until_idle:
+            elif until_idle and not consumer.expects_work(WORTH_WAITING_S):
                 break
             else:
                 may_have_work = consumer.wait(time.monotonic() - last_work)

@@ -44,6 +44,15 @@ CONTENTS = (
     ("type", f"{_RELATIONS} = 'c'"),
 )
 
+# With wal_level=minimal, what a sequence gives in the transaction that made it is not logged, and nor are the next values up to the
+# 32nd: a server that crashed would give them a second time. A sequence that was set logs the next value it gives.
+LOG_SEQUENCES = (
+    "select setval(s.seqrelid::regclass, coalesce(pg_sequence_last_value(s.seqrelid), s.seqstart),"
+    " pg_sequence_last_value(s.seqrelid) is not null)"
+    " from pg_sequence s join pg_class c on c.oid = s.seqrelid join pg_namespace n on n.oid = c.relnamespace"
+    " where n.nspname in ('durable', 'pgque')"
+)
+
 FUNCTIONS = [("engine", name) for name in ENGINE] + [("durable", name) for name in DURABLE]
 
 Connection = psycopg.Connection[Any]
@@ -72,6 +81,8 @@ def install(connection: Connection, *, shards: int, with_roles: bool = True) -> 
         with translated():
             connection.execute("select durable.lay_out(%s)", (shards,))
         connection.execute("select durable.add_partitions()")
+        if MIGRATIONS[0] in ran:
+            connection.execute(LOG_SEQUENCES)
     return ran
 
 

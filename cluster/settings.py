@@ -10,6 +10,7 @@ import msgspec
 from durable_cluster.errors import ConfigurationError
 
 SHARDS_MAX = 64
+RETENTION_DAYS_MAX = 36_500
 MAY_BE_ZERO = ("page_window_ms", "takeover_probe_s", "restarts_max")
 NAME_PATTERN = "[a-z0-9_.-]{1,57}"
 
@@ -26,16 +27,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     boot_timeout_s: float = 30.0
     hang_timeout_s: float = 300.0
+    step_timeout_s: float = 300.0
+    hang_grace_s: float = 10.0
+    detached_max: int = 1_000
+    blocking_threads_max: int = 32
+    max_crashes: int = 3
+    unroutable_limit_s: float = 86_400.0
+    sweep_s: float = 0.02
     drain_grace_s: float = 30.0
     idle_poll_s_max: float = 1.0
     busy_poll_s: float = 1.0
-    takeover_probe_s: float = 2.0
+    takeover_probe_s: float = 0.5
     maintenance_s: float = 5.0
     lock_timeout_ms: int = 5_000
     restarts_max: int = 20
     restart_window_s: float = 60.0
+    retention_days: int = 30
 
     def __post_init__(self) -> None:
+        if not isinstance(self.retention_days, int) or not 1 <= self.retention_days <= RETENTION_DAYS_MAX:
+            raise ConfigurationError(
+                f"setting retention_days: {self.retention_days} is out of range; choose 1 to {RETENTION_DAYS_MAX} whole days"
+            )
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if value < 0 or (value == 0 and name not in MAY_BE_ZERO):

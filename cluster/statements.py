@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, LiteralString
 
 import msgspec
 import psycopg
@@ -35,28 +35,41 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a live workflow stands: ``place`` is queued or claimed."""
+    """Where a live workflow stands: queued, claimed, sleeping, detached or stuck; ``due`` (ISO 8601): until when it sleeps."""
 
     shard: int
     place: str
     step: str
     seq: int
     owner_is_silent: bool
+    due: str | None = None
 
 
-def _cursor(connection: Connection) -> psycopg.Cursor[tuple[Any, ...]]:
+def plain_cursor(connection: Connection) -> psycopg.Cursor[tuple[Any, ...]]:
     """A plain cursor, whatever rows and cursors the connection's owner prefers: it may be the caller's own."""
     return psycopg.Cursor(connection, row_factory=tuple_row)
 
 
-def start(tx: Connection, workflow: str, *, version: int, step: str, payload: str, key: str | None) -> tuple[str, bool]:
-    """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``."""
+def start(
+    tx: Connection,
+    workflow: str,
+    *,
+    version: int,
+    step: str,
+    payload: str,
+    key: str | None,
+    begin: timedelta | datetime | None = None,
+) -> tuple[str, bool]:
+    """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``.
+
+    ``begin``: when its first step is delivered: after how long, or at what time of the database's clock.
+    """
     with translated():
         row = (
-            _cursor(tx)
+            plain_cursor(tx)
             .execute(
-                "select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s)",
-                (workflow, version, step, payload, key),
+                f"select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s, {_after(begin)})",
+                (workflow, version, step, payload, key, begin),
             )
             .fetchone()
         )
@@ -65,24 +78,36 @@ def start(tx: Connection, workflow: str, *, version: int, step: str, payload: st
 
 
 def start_many(
-    tx: Connection, workflow: str, *, version: int, step: str, payloads: Sequence[str], keys: Sequence[str] | None
+    tx: Connection,
+    workflow: str,
+    *,
+    version: int,
+    step: str,
+    payloads: Sequence[str],
+    keys: Sequence[str] | None,
+    begin: timedelta | datetime | None = None,
 ) -> list[tuple[str, bool]]:
     """As ``start`` for many payloads, in their order."""
     with translated():
         return (
-            _cursor(tx)
+            plain_cursor(tx)
             .execute(
-                "select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s)",
-                (workflow, version, step, "\n".join(payloads), None if keys is None else "\n".join(keys)),
+                f"select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s, {_after(begin)})",
+                (workflow, version, step, "\n".join(payloads), None if keys is None else "\n".join(keys), begin),
             )
             .fetchall()
         )
 
 
+def _after(begin: timedelta | datetime | None) -> LiteralString:
+    """The placeholder of a beginning, as an interval; a time that is past is now."""
+    return "greatest(%s::timestamptz - durable.now(), '0')" if isinstance(begin, datetime) else "%s::interval"
+
+
 def find(connection: Connection, workflow: str, key: str) -> str | None:
     """The id that ``key`` stands for."""
     with translated():
-        row = _cursor(connection).execute("select durable.hex(durable.find(%s, %s))", (workflow, key)).fetchone()
+        row = plain_cursor(connection).execute("select durable.hex(durable.find(%s, %s))", (workflow, key)).fetchone()
     return row[0] if row else None
 
 
@@ -90,7 +115,7 @@ def state_of(connection: Connection, workflow_id: str) -> State | None:
     """What is known of a workflow, or None."""
     with translated():
         row = (
-            _cursor(connection)
+            plain_cursor(connection)
             .execute(
                 "select workflow, version, status, output, to_json(started_at) #>> '{}', to_json(finished_at) #>> '{}'"
                 " from durable.state_of(%s)",
@@ -107,20 +132,27 @@ def state_of(connection: Connection, workflow_id: str) -> State | None:
 
 
 def outcome(connection: Connection, workflow_id: str) -> tuple[str, str] | None:
-    """Status and output (JSON) of a finished workflow, or None."""
+    """Status and output (JSON) of a finished workflow, 'stuck' and the details of one with a dead letter, or None."""
     with translated():
-        return _cursor(connection).execute("select status, output from durable.outcome(%s)", (workflow_id,)).fetchone()
+        return (
+            plain_cursor(connection)
+            .execute("select status, output from durable.outcome(%s)", (workflow_id,))
+            .fetchone()
+        )
 
 
 def locate(connection: Connection, workflow_id: str) -> list[Place]:
     """The live step events of a workflow; more than one would be a broken invariant."""
     with translated():
         rows = (
-            _cursor(connection)
-            .execute("select shard, place, step, seq, owner_is_silent from durable.locate(%s)", (workflow_id,))
+            plain_cursor(connection)
+            .execute(
+                "select shard, place, step, seq, owner_is_silent, to_json(due) #>> '{}' from durable.locate(%s)",
+                (workflow_id,),
+            )
             .fetchall()
         )
-    return [Place(shard=s, place=p, step=t, seq=n, owner_is_silent=o) for s, p, t, n, o in rows]
+    return [Place(shard=s, place=p, step=t, seq=n, owner_is_silent=o, due=d) for s, p, t, n, o, d in rows]
 
 
 def by_prefix(connection: Connection, digits: str) -> list[str]:
@@ -128,7 +160,7 @@ def by_prefix(connection: Connection, digits: str) -> list[str]:
     with translated():
         return [
             row[0]
-            for row in _cursor(connection).execute("select durable.hex(i) from durable.by_prefix(%s) i", (digits,))
+            for row in plain_cursor(connection).execute("select durable.hex(i) from durable.by_prefix(%s) i", (digits,))
         ]
 
 
@@ -136,7 +168,7 @@ def probe(connection: Connection, shard: int, *, dead_interval: timedelta | None
     """Whether a claim would find work (with ``dead_interval`` also silent windows); reads only."""
     with translated():
         row = (
-            _cursor(connection)
+            plain_cursor(connection)
             .execute("select durable.probe(%s::int, %s::interval)", (shard, dead_interval))
             .fetchone()
         )
@@ -157,7 +189,7 @@ def claim(
     """The text of a page (see ``envelope.decode_page``), or None when there is nothing. Raises BatchLost."""
     with translated():
         row = (
-            _cursor(connection)
+            plain_cursor(connection)
             .execute(
                 "select durable.claim(%s::int, %s, %s::bigint, %s::int, %s::int, %s::interval, %s)",
                 (shard, member, owner, lines_max, bytes_max, dead_interval, is_expected),
@@ -171,7 +203,7 @@ def page(connection: Connection, *, batch: int, owner: int, lines_max: int, byte
     """The next page of an open window. Raises BatchLost."""
     with translated():
         row = (
-            _cursor(connection)
+            plain_cursor(connection)
             .execute(
                 "select durable.page(%s::bigint, %s::bigint, %s::int, %s::int)", (batch, owner, lines_max, bytes_max)
             )
@@ -184,7 +216,9 @@ def page(connection: Connection, *, batch: int, owner: int, lines_max: int, byte
 def fence(tx: Connection, *, batch: int, owner: int, done: str) -> None:
     """Phase 2's first statement. Raises BatchLost."""
     with translated():
-        _cursor(tx).execute("select durable.fence(%s::bigint, %s::bigint, %s::durable.cursor)", (batch, owner, done))
+        plain_cursor(tx).execute(
+            "select durable.fence(%s::bigint, %s::bigint, %s::durable.cursor)", (batch, owner, done)
+        )
 
 
 def commit_page(
@@ -206,99 +240,143 @@ def commit_page(
     ``steps``, ``counts``: see ``envelope.encode_chunks``.
     """
     function = "durable.commit_page" if is_fenced else "durable.commit_plain_page"
-    ids = statuses = outputs = None
-    if outcomes:
-        ids = "\n".join([o.workflow_id for o in outcomes])
-        statuses = "\n".join([o.status for o in outcomes])
-        outputs = "\n".join([o.output for o in outcomes])
     with translated():
-        _cursor(tx).execute(
+        plain_cursor(tx).execute(
             f"select {function}(%s::int, %s::bigint, %s::bigint, %s::durable.cursor, %s::durable.cursor, %s,"
             " %s, %s::int[], %s, %s, %s)",
-            (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), ids, statuses, outputs),
+            (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), *_columns(outcomes)),
         )
+
+
+def bury(tx: Connection, lines: Sequence[str], reasons: Sequence[str], details: Sequence[str]) -> None:
+    """Dead letters: envelopes with why each cannot go on and its details (JSON). In the transaction of their page."""
+    with translated():
+        plain_cursor(tx).execute(
+            "select durable.bury(%s, %s, %s)", ("\n".join(lines), "\n".join(reasons), "\n".join(details))
+        )
+
+
+def retry_dead_letter(
+    connection: Connection, workflow_id: str, *, state: str | None = None, seq: int | None = None
+) -> None:
+    """Take a stuck workflow up again, with another state (JSON) if one is given; ``seq``: the dead letter that is meant.
+
+    Raises UnknownWorkflow when there is none (any more), InputError.
+    """
+    with translated():
+        plain_cursor(connection).execute("select durable.retry_dead_letter(%s, %s, %s::int)", (workflow_id, state, seq))
+
+
+def _columns(outcomes: Sequence[Outcome]) -> tuple[str | None, str | None, str | None]:
+    """Terminal records as three texts, one a line each; nothing for none."""
+    if not outcomes:
+        return None, None, None
+    return (
+        "\n".join([o.workflow_id for o in outcomes]),
+        "\n".join([o.status for o in outcomes]),
+        "\n".join([o.output for o in outcomes]),
+    )
 
 
 def join_shard(connection: Connection, shard: int, member: str) -> None:
     """Register a consumer's name with the engine."""
     with translated():
-        _cursor(connection).execute("select durable.join_shard(%s, %s)", (shard, member))
+        plain_cursor(connection).execute("select durable.join_shard(%s, %s)", (shard, member))
 
 
 def leave_shard(connection: Connection, shard: int, member: str) -> None:
     """Take the name back; the engine refuses while it holds a window."""
     with translated():
-        _cursor(connection).execute("select durable.leave_shard(%s, %s)", (shard, member))
+        plain_cursor(connection).execute("select durable.leave_shard(%s, %s)", (shard, member))
 
 
 def fall_asleep(connection: Connection, shard: int) -> None:
     """Ask appenders to notify."""
     with translated():
-        _cursor(connection).execute("select durable.fall_asleep(%s)", (shard,))
+        plain_cursor(connection).execute("select durable.fall_asleep(%s)", (shard,))
 
 
 def wake_up(connection: Connection, shard: int) -> None:
     """Take that back."""
     with translated():
-        _cursor(connection).execute("select durable.wake_up(%s)", (shard,))
+        plain_cursor(connection).execute("select durable.wake_up(%s)", (shard,))
 
 
 def listen(connection: Connection, shard: int) -> None:
     """Hear the notifications of a shard on this connection."""
-    _cursor(connection).execute(f"listen durable_{int(shard)}")
+    plain_cursor(connection).execute(f"listen durable_{int(shard)}")
 
 
 def heartbeat(connection: Connection, owners: Sequence[int]) -> int:
     """Say that these owners live; how many windows that concerned."""
     with translated():
-        row = _cursor(connection).execute("select durable.heartbeat(%s::bigint[])", (list(owners),)).fetchone()
+        row = plain_cursor(connection).execute("select durable.heartbeat(%s::bigint[])", (list(owners),)).fetchone()
     return row[0] if row else 0
 
 
-def abandon(connection: Connection, owner: int) -> list[int]:
-    """Say that this owner is gone; the shards whose windows are free now."""
+def abandon(connection: Connection, owner: int, *, suspects: int = 0) -> list[int]:
+    """Say that this owner is gone; the shards whose windows are free now.
+
+    ``suspects``: the lines of a page, if the process died of itself; 0 if it was ended from outside.
+    """
     with translated():
-        row = _cursor(connection).execute("select durable.abandon(%s::bigint)", (owner,)).fetchone()
+        row = plain_cursor(connection).execute("select durable.abandon(%s::bigint, %s)", (owner, suspects)).fetchone()
     return list(row[0]) if row else []
 
 
-def needs_partitions(connection: Connection) -> bool:
-    """Whether day partitions are running out."""
-    return _is_true(connection, "select durable.needs_partitions()")
-
-
-def add_partitions(connection: Connection) -> int:
-    """Make them; how many. Raises LockNotAvailable when a reader holds on."""
-    return _count(connection, "select durable.add_partitions()")
-
-
-def needs_upkeep(connection: Connection) -> bool:
-    """Whether a log is due for rotation, or half rotated, or has ticks to trim."""
-    return _is_true(connection, "select durable.needs_upkeep()")
-
-
-def keep_up(connection: Connection) -> int:
-    """Rotation in its two steps, each in its own transaction, and trimming; what the engine counts."""
-    return _count(connection, "select durable.keep_up()") + _count(connection, "select durable.finish_rotation()")
-
-
-def has_dead_members(connection: Connection) -> bool:
-    """Whether the engine knows readers whose process is gone."""
-    return _is_true(connection, "select exists (select 1 from durable.dead_members())")
-
-
-def sweep_members(connection: Connection) -> int:
-    """Unregister them; how many went."""
-    return _count(connection, "select durable.sweep_members()")
-
-
-def _is_true(connection: Connection, query: str) -> bool:
+def holdings(connection: Connection, owner: int) -> dict[int, int]:
+    """Shard and batch of this owner's open windows; waits for commits that were on their way when a connection was lost."""
     with translated():
-        row = _cursor(connection).execute(query.encode()).fetchone()
-    return bool(row and row[0])
+        return dict(plain_cursor(connection).execute("select shard, batch from durable.holdings(%s::bigint)", (owner,)))
 
 
-def _count(connection: Connection, query: str) -> int:
+def mark_suspect(connection: Connection, *, batch: int, owner: int, done: str) -> int:
+    """Before a suspect runs: how many processes will have died with it if this one does. Raises BatchLost."""
     with translated():
-        row = _cursor(connection).execute(query.encode()).fetchone()
-    return int(row[0]) if row and row[0] is not None else 0
+        row = (
+            plain_cursor(connection)
+            .execute("select durable.mark_suspect(%s::bigint, %s::bigint, %s::durable.cursor)", (batch, owner, done))
+            .fetchone()
+        )
+    assert row is not None
+    return int(row[0])
+
+
+def reincarnate(connection: Connection, old: int, new: int) -> None:
+    """From now on ``old`` is ``new``: its windows are free, its detached steps stay its own."""
+    with translated():
+        plain_cursor(connection).execute("select durable.reincarnate(%s::bigint, %s::bigint)", (old, new))
+
+
+def hand_on(tx: Connection, *, shard: int, steps: str, counts: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+    """Successors and terminal records of detached steps; ``steps``, ``counts``: see ``envelope.encode_chunks``."""
+    with translated():
+        plain_cursor(tx).execute(
+            "select durable.hand_on(%s::int, %s, %s::int[], %s, %s, %s)",
+            (shard, steps, list(counts), *_columns(outcomes)),
+        )
+
+
+def look(
+    connection: Connection,
+    shards: Sequence[int],
+    *,
+    dead_interval: timedelta | None,
+    may_take: bool,
+    with_suspect: bool,
+) -> tuple[bool, float | None]:
+    """Whether a consumer of ``shards`` has anything to do, and in how many seconds the next timer is due; reads only.
+
+    With ``dead_interval`` silent processes count; ``may_take``: so do detached steps that nobody runs.
+    """
+    with translated():
+        row = (
+            plain_cursor(connection)
+            .execute(
+                "select has_work, due_s from durable.look(%s::int[], %s::interval, %s, %s)",
+                (list(shards), dead_interval, may_take, with_suspect),
+            )
+            .fetchone()
+        )
+    assert row is not None
+    return row[0], row[1]

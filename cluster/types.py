@@ -16,6 +16,7 @@ from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError
 
 KEY_CHARS_MAX = 255
+VALUE_CHARS_MAX = 40
 NOT_OF_A_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -59,7 +60,7 @@ def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, 
     try:
         decoded = decoder.decode(encoded)
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} does not fit {_type_name(decoder.type)}: {_sentence(error)}") from error
+        raise InputError(f"{what} does not fit {_type_name(decoder.type)}: {_sentence(error, encoded)}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not valid UTF-8: {error}") from error
     if type(value) is not decoder.type:
@@ -73,11 +74,25 @@ def _type_name(of: Any) -> str:
     return getattr(of, "__name__", str(of))
 
 
-def _sentence(error: msgspec.ValidationError) -> str:
-    """msgspec says: Expected `int`, got `str` - at `$.lines[2].quantity`."""
+def _sentence(error: msgspec.ValidationError, encoded: bytes) -> str:
+    """msgspec says: Expected `int`, got `str` - at `$.lines[2].quantity`. The value that stands there is added."""
     text, _, path = str(error).replace("`", "").partition(" - at ")
+    value = _value_at(msgspec.json.decode(encoded), path)
+    shown = "" if isinstance(value, dict | list) else f" ({msgspec.json.encode(value).decode()[:VALUE_CHARS_MAX]})"
     path = re.sub(r"^\$\.?", "", path)
-    return f"{path}: {text[:1].lower()}{text[1:]}" if path else text
+    return f"{path}: {text[:1].lower()}{text[1:]}{shown}" if path else f"{text}{shown}"
+
+
+def _value_at(value: Any, path: str) -> Any:
+    """What stands at msgspec's ``path``, as far as it can be followed: ``[...]`` is any key of a mapping."""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        if name and isinstance(value, dict) and name in value:
+            value = value[name]
+        elif index.isdecimal() and isinstance(value, list) and int(index) < len(value):
+            value = value[int(index)]
+        else:
+            break
+    return value
 
 
 def _unknown_path(given: Any, kept: Any, path: str) -> str | None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-MIGRATIONS = ("001_engine", "002_durable")
+MIGRATIONS = ("001_engine", "002_durable", "003_survival")
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
-DURABLE = ("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover", "maintain", "views", "grants")
+DURABLE = (
+    *("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover"),
+    *("timers", "detached", "dead_letters"),
+    *("maintain", "retention", "views", "grants"),
+)
 
 
 def read(folder: str, name: str) -> str:

@@ -41,6 +41,28 @@ begin
 end
 $$;
 
+-- durable.look(shards, dead, may_take, with_suspect): whether there is anything to do for a consumer of these shards, and in how many
+-- seconds the next timer is due (null: no timer waits). One round trip; reads only.
+--   i_may_take  the consumer has room for detached steps that nobody runs; i_with_suspect: also for one that runs alone
+create or replace function durable.look(i_shards int[], i_dead interval, i_may_take boolean, i_with_suspect boolean,
+    out has_work boolean, out due_s float8)
+language plpgsql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_shard int;
+begin
+    due_s := durable.next_due();
+    foreach v_shard in array i_shards loop
+        if durable.probe(v_shard, i_dead) then
+            has_work := true;
+            return;
+        end if;
+    end loop;
+    has_work := (i_may_take and durable.has_queued(i_with_suspect)) or (i_dead is not null and durable.has_silent_lease(i_dead));
+end
+$$;
+
 -- durable.claim(…): the first page of an open or a new window of the shard, for one consumer; null when there is nothing.
 --   i_member   the consumer's name as the engine's subconsumer (registered before; see durable.join_shard)
 --   i_owner    64 random bits of this process incarnation: the fence's other half
@@ -71,6 +93,9 @@ begin
     end if;
 
     if i_dead is not null then
+        if durable.has_silent_lease(i_dead) then
+            perform durable.requeue_silent(i_dead);
+        end if;
         v_silent := durable.take_over(i_shard, i_owner, i_dead);
         if v_silent is not null then
             return durable.page(v_silent, i_owner, i_lines, i_bytes);

@@ -16,29 +16,15 @@ begin
 end
 $$;
 
--- durable.commit_page(…): all that a page did, after durable.fence in the same transaction.
---   i_done, i_next   the cursor where the page began, and where it ends
---   i_is_last        whether the window ends with this page: then the engine's batch is finished, and must answer 1
---   i_steps, i_counts  successors: JSON lines, a form feed between log entries, and how many lines each entry has.
---     One text, because an array's elements are quoted and unquoted by regular expressions on the way.
---   i_ids, i_statuses, i_outputs  terminal records, one a line each, or null
--- Tables: the shard's log (one row a text), finished (one row a terminal record), win (one row changed or deleted).
-create or replace function durable.commit_page(
-    i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
-    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
+-- durable.hand_on(…): successors and terminal records, in a transaction that holds the right to them (see commit_page's arguments).
+create or replace function durable.hand_on(i_shard int, i_steps text, i_counts int[], i_ids text, i_statuses text, i_outputs text)
 returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
-    v_are_ids boolean;
+    v_are_ids boolean := i_ids ~ '^([0-9a-f]{32}\n?)*$';
 begin
-    if current_setting('durable.fenced', true) is distinct from i_batch || ' ' || i_owner || ' ' || i_done::text then
-        raise exception 'batch %: the transaction of its page was ended by a step (commit or rollback); nothing was handed on',
-            i_batch using errcode = 'DC001';
-    end if;
-    perform set_config('durable.fenced', '', true);
-    v_are_ids := i_ids ~ '^([0-9a-f]{32}\n?)*$';
     if cardinality(i_counts) = 1 then
         perform durable.append(i_shard, i_steps, i_counts[1]);
     else
@@ -54,13 +40,40 @@ begin
         where v_are_ids or q.id ~ '^[0-9a-f]{32}$'
         on conflict do nothing;
     end if;
+end
+$$;
+
+-- durable.commit_page(…): all that a page did, after durable.fence in the same transaction.
+--   i_done, i_next   the cursor where the page began, and where it ends
+--   i_is_last        whether the window ends with this page: then the engine's batch is finished, and must answer 1
+--   i_steps, i_counts  successors: JSON lines, a form feed between log entries, and how many lines each entry has.
+--     One text, because an array's elements are quoted and unquoted by regular expressions on the way.
+--   i_ids, i_statuses, i_outputs  terminal records, one a line each, or null
+-- A page's timers, detached steps and dead letters are written between the fence and this (durable.schedule, detach, bury).
+-- Tables: the shard's log (one row a text), finished (one row a terminal record), win (one row changed or deleted).
+create or replace function durable.commit_page(
+    i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
+    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
+returns void
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if current_setting('durable.fenced', true) is distinct from i_batch || ' ' || i_owner || ' ' || i_done::text then
+        raise exception 'batch %: the transaction of its page was ended by a step (commit or rollback); nothing was handed on',
+            i_batch using errcode = 'DC001';
+    end if;
+    perform set_config('durable.fenced', '', true);
+    perform durable.hand_on(i_shard, i_steps, i_counts, i_ids, i_statuses, i_outputs);
     if i_is_last then
         delete from durable.win w where w.batch = i_batch;
         if pgque.finish_batch(i_batch) <> 1 then
             perform durable.lost(i_batch);
         end if;
     else
-        update durable.win w set done = i_next, active = durable.now() where w.batch = i_batch;
+        update durable.win w
+        set done = i_next, active = durable.now(), crashes = 0, suspects = greatest(w.suspects - 1, 0)
+        where w.batch = i_batch;
     end if;
 end
 $$;

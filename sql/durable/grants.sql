@@ -28,15 +28,21 @@ begin
         execute format('grant execute on function durable.hex(uuid), durable.short(uuid) to %I', v_role);
     end loop;
 
-    grant execute on function durable.start(text, int, text, text, text), durable.start_many(text, int, text, text, text),
-        durable.find(text, text), durable.state_of(uuid), durable.outcome(uuid) to durable_client;
+    grant execute on function durable.start(text, int, text, text, text, interval),
+        durable.start_many(text, int, text, text, text, interval), durable.now(), durable.find(text, text), durable.state_of(uuid), durable.outcome(uuid) to durable_client;
 
     grant execute on all functions in schema durable to durable_worker;
     revoke execute on function durable.lay_out(int) from durable_worker;
 
-    grant execute on function durable.list(text, text, int, timestamptz), durable.totals(), durable.shard_status(),
+    grant execute on function durable.list(text, text, int, timestamptz), durable.totals(), durable.shard_status(), durable.asides(),
         durable.row_changes() to durable_viewer, durable_operator;
-    grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint)
+    grant execute on function durable.dead_letters(text, text, text, int, timestamptz), durable.dead_letter_total(text, text, text)
+        to durable_viewer, durable_operator;
+    -- All of a dead letter but its state, which is a payload: durable.dead_letter_state is not among them.
+    grant execute on function durable.dead_letter_of(uuid), durable.dead_letters_by_prefix(text),
+        durable.retry_dead_letter(uuid, text, int), durable.retry_dead_letters(text, text, text, int, timestamptz),
+        durable.purge_dead_letter(uuid), durable.purge_dead_letters(text, text, text, int, timestamptz) to durable_operator;
+    grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int)
         to durable_operator;
 end
 $$;

@@ -56,16 +56,19 @@ end
 $$;
 
 -- durable.start(…): one workflow, in the caller's transaction, at any isolation level.
+--   i_after  how long until its first step is delivered; it counts as started at once
 -- Result: the id (whole: this is the one answer that gives it) and whether it is new; the same key gives the same workflow.
--- Tables: key, started (one row each), the shard's log (one event). Errors: DC002, 40001 (a snapshot older than a rotation).
+-- Tables: key, started (one row each), the shard's log (one event) or a timer. Errors: DC002, 40001 (a snapshot older than a rotation).
 create or replace function durable.start(i_workflow text, i_version int, i_step text, i_input text, i_key text default null,
-    out id uuid, out is_new boolean)
+    i_after interval default null, out id uuid, out is_new boolean)
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_input text;
-    v_shard int;
+    v_line text;
+    v_known uuid;
+    v_after_ms float8 := durable.checked_delay_ms(coalesce(extract(epoch from i_after) * 1000, 0)::float8);
 begin
     perform durable.checked_name('workflow', i_workflow), durable.checked_name('step', i_step);
     v_input := durable.checked_payload(i_input);
@@ -73,16 +76,25 @@ begin
     is_new := true;
     if i_key is not null then
         perform durable.checked_key(i_key);
-        insert into durable.key (workflow, key, id) values (i_workflow, i_key, start.id) on conflict do nothing;
-        if not found then
-            select k.id, false into start.id, start.is_new from durable.key k where k.workflow = i_workflow and k.key = i_key;
-            return;
-        end if;
+        loop
+            insert into durable.key (workflow, key, id) values (i_workflow, i_key, start.id) on conflict do nothing;
+            exit when found;
+            select k.id, false into v_known, start.is_new from durable.key k where k.workflow = i_workflow and k.key = i_key;
+            if found then
+                start.id := v_known;
+                return;
+            end if;
+            is_new := true;  -- retention took the key between the two statements
+        end loop;
     end if;
     insert into durable.started (id, day, workflow, version, input, key, at)
     values (start.id, durable.day_of(start.id), i_workflow, i_version, v_input, i_key, durable.now());
-    select s.shard into v_shard from durable.slot s where s.slot = durable.slot_of(start.id);
-    perform durable.append(v_shard, durable.line(start.id, 1, i_workflow, i_step, i_version, v_input), 1);
+    v_line := durable.line(start.id, 1, i_workflow, i_step, i_version, v_input);
+    if v_after_ms > 0 then
+        perform durable.set_timers(array[start.id], array[1], array[v_line], array[v_after_ms]);
+    else
+        perform durable.append(s.shard, v_line, 1) from durable.slot s where s.slot = durable.slot_of(start.id);
+    end if;
 end
 $$;
 
@@ -102,7 +114,8 @@ $$;
 
 -- durable.start_many(…): as start, for many inputs (JSON, one a line; keys likewise, or null), set-wise.
 -- Result: one row an input, in order. Lines of one shard are appended in events of at most 1,000 lines and about 1 MiB.
-create or replace function durable.start_many(i_workflow text, i_version int, i_step text, i_inputs text, i_keys text default null)
+create or replace function durable.start_many(i_workflow text, i_version int, i_step text, i_inputs text, i_keys text default null,
+    i_after interval default null)
 returns table (id uuid, is_new boolean)
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
@@ -113,6 +126,8 @@ declare
     v_inputs text[] := string_to_array(i_inputs, E'\n');
     v_keys text[] := string_to_array(i_keys, E'\n');
     v_new boolean[];
+    v_known uuid[];
+    v_after_ms float8 := durable.checked_delay_ms(coalesce(extract(epoch from i_after) * 1000, 0)::float8);
 begin
     perform durable.checked_name('workflow', i_workflow), durable.checked_name('step', i_step);
     if i_keys is not null and cardinality(v_keys) <> cardinality(v_inputs) then
@@ -124,14 +139,25 @@ begin
     if i_keys is not null then
         perform durable.checked_key(k) from unnest(v_keys) k;
         -- Sorted, so that two clients with the same keys wait for each other in one order.
-        insert into durable.key (workflow, key, id)
-        select i_workflow, q.k, q.i from unnest(v_keys, v_ids) with ordinality q(k, i, o) order by q.k, q.o on conflict do nothing;
-        select array_agg(k.id order by q.o), array_agg(k.id = v_ids[q.o] order by q.o) into v_ids, v_new
-        from unnest(v_keys) with ordinality q(k, o) join durable.key k on k.workflow = i_workflow and k.key = q.k;
+        loop
+            insert into durable.key (workflow, key, id)
+            select i_workflow, q.k, q.i from unnest(v_keys, v_ids) with ordinality q(k, i, o) order by q.k, q.o on conflict do nothing;
+            select array_agg(k.id order by q.o), array_agg(k.id = v_ids[q.o] order by q.o) into v_known, v_new
+            from unnest(v_keys) with ordinality q(k, o) join durable.key k on k.workflow = i_workflow and k.key = q.k;
+            exit when coalesce(cardinality(v_known), 0) = cardinality(v_keys);  -- else retention took a key between the two statements
+        end loop;
+        v_ids := v_known;
     end if;
     insert into durable.started (id, day, workflow, version, input, key, at)
     select q.i, durable.day_of(q.i), i_workflow, i_version, q.d, v_keys[q.o], durable.now()
     from unnest(v_ids, v_inputs, v_new) with ordinality q(i, d, is_new, o) where q.is_new;
+    if v_after_ms > 0 then
+        perform durable.set_timers(array_agg(q.i), array_agg(1), array_agg(durable.line(q.i, 1, i_workflow, i_step, i_version, q.d)),
+            array_agg(v_after_ms))
+        from unnest(v_ids, v_inputs, v_new) q(i, d, is_new) where q.is_new;
+        return query select q.i, q.n from unnest(v_ids, v_new) with ordinality q(i, n, o) order by q.o;
+        return;
+    end if;
     perform durable.append(c.shard, c.lines, c.n::int) from (
         select l.shard, string_agg(l.line, E'\n') lines, count(*) n from (
             select s.shard, t.line, row_number() over w as row, sum(octet_length(t.line)) over w as bytes
@@ -151,20 +177,30 @@ language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$ select k.id from durable.key k where k.workflow = i_workflow and k.key = i_key $$;
 
--- durable.state_of(id): one row for a known workflow (status 'running' until it is finished), none for an unknown one.
+-- durable.state_of(id): one row for a known workflow, none for an unknown one. status: 'running' until it is finished, 'stuck' while
+-- a dead letter stands for it; output is then what the dead letter says.
 create or replace function durable.state_of(i_id uuid)
 returns table (workflow text, version int, status text, output text, started_at timestamptz, finished_at timestamptz)
 language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    select s.workflow, s.version, coalesce(f.status, 'running'), f.output, s.at, f.at
+    select s.workflow, s.version, coalesce(f.status, case when d.details is null then 'running' else 'stuck' end),
+        coalesce(f.output, d.details), s.at, f.at
     from durable.started s
     left join durable.finished f on f.id = s.id and f.day = s.day
+    left join lateral (
+        select x.details from durable.dead_letter x where x.id = i_id and f.id is null order by x.seq desc limit 1) d on true
     where s.id = i_id and s.day = durable.day_of(i_id)
 $$;
 
--- durable.outcome(id): status and output of a finished workflow, or nothing. What result() polls.
+-- durable.outcome(id): status and output of a finished workflow; 'stuck' and the details of one with a dead letter; else nothing.
+-- What result() polls: two probes of an index. A dead letter counts only where there is no end.
 create or replace function durable.outcome(i_id uuid) returns table (status text, output text)
 language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
-as $$ select f.status, f.output from durable.finished f where f.id = i_id and f.day = durable.day_of(i_id) $$;
+as $$
+    (select f.status, f.output from durable.finished f where f.id = i_id and f.day = durable.day_of(i_id))
+    union all
+    (select 'stuck', d.details from durable.dead_letter d where d.id = i_id order by d.seq desc limit 1)
+    limit 1
+$$;

@@ -81,8 +81,8 @@ begin
         v_events := v_events || format('["%s",%s]', v_event.txid, v_event.id);
         v_bodies := v_bodies || v_event.body;
     end loop;
-    return format('{"batch":%s,"takeovers":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]}',
-            v_win.batch, v_win.takeovers, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
+    return format('{"batch":%s,"takeovers":%s,"suspects":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]}',
+            v_win.batch, v_win.takeovers, v_win.suspects, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
             array_to_string(v_events, ','))
         || case when v_bodies = '{}' then '' else E'\n' || array_to_string(v_bodies, E'\f') end;
 end

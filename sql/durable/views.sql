@@ -9,10 +9,11 @@ as $$
         || '","s":"' || case i_field when 's' then '([a-z0-9_.-]+)' else '[a-z0-9_.-]+' end || '"'
 $$;
 
--- durable.locate(id): where a live workflow stands in the log: its unfinished step events. Looks at open windows from their
--- cursors on and at what no tick covers yet, so it costs what the backlog of one shard costs, never history.
+-- durable.locate(id): where a live workflow stands: its unfinished step events. Looks at open windows from their cursors on and at
+-- what no tick covers yet, so it costs what the backlog of one shard costs, never history; then at what is not in the log.
+--   place  queued, claimed, sleeping (until due), detached, or stuck (a dead letter)
 create or replace function durable.locate(i_id uuid)
-returns table (shard int, place text, step text, seq int, owner_is_silent boolean)
+returns table (shard int, place text, step text, seq int, owner_is_silent boolean, due timestamptz)
 language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -28,7 +29,8 @@ begin
          from pgque.tick t where t.tick_queue = v_shard.queue_id order by t.tick_id desc limit 1)
     loop
         return query execute
-            'select $7, $8, substring(l.line from durable.line_pattern(''s'')), substring(l.line from durable.line_pattern(''n''))::int, $9'
+            'select $7, $8, substring(l.line from durable.line_pattern(''s'')), substring(l.line from durable.line_pattern(''n''))::int, $9,'
+            ' null::timestamptz'
             ' from ('
             || durable.window_query(pgque.event_tables(v_shard.queue_id, v_win.s0), true, null)
             || ') e, string_to_table(e.body, E''\n'') with ordinality l(line, o)'
@@ -37,6 +39,18 @@ begin
                 array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1)),
                 v_shard.shard, v_win.place, v_win.silent, '{"w":"' || durable.hex(i_id) || '"%', (v_win.done).line;
     end loop;
+    return query
+        select v_shard.shard, a.place, substring(a.line from durable.line_pattern('s')), a.seq, a.is_silent, a.due from (
+            select 'sleeping' as place, w.line, w.seq, false as is_silent, w.due from durable.wait w where w.id = i_id
+            union all
+            -- A timer that carries its line is due within a minute: the look is short.
+            (select 'sleeping', t.line, t.seq, false, t.due from durable.timer_control c, durable.timer t
+             where (t.due, t.id) > (c.reached_due, c.reached_id) and t.due < durable.timer_now() + interval '2 minutes'
+                and t.workflow_id = i_id and t.line is not null)
+            union all
+            select 'detached', d.line, d.seq, d.owner = 0, null from durable.detached d where d.id = i_id
+            union all
+            select 'stuck', d.line, d.seq, false, null from durable.dead_letter d where d.id = i_id) a;
 end
 $$;
 
@@ -64,12 +78,14 @@ returns table (id text, workflow text, version int, status text, key text, start
 language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    select durable.short(s.id), s.workflow, s.version, coalesce(f.status, 'running'), s.key, s.at, f.at
+    select durable.short(s.id), s.workflow, s.version, x.status, s.key, s.at, f.at
     from durable.started s
     left join durable.finished f on f.id = s.id and f.day = s.day
+    cross join lateral (select coalesce(f.status,
+        case when exists (select from durable.dead_letter d where d.id = s.id) then 'stuck' else 'running' end) status) x
     where s.at < i_before
         and (i_workflow is null or s.workflow = i_workflow)
-        and (i_status is null or coalesce(f.status, 'running') = i_status)
+        and (i_status is null or x.status = i_status)
     order by s.at desc limit i_limit
 $$;
 
@@ -98,12 +114,26 @@ as $$
     from durable.shard s order by s.shard
 $$;
 
+-- durable.asides(): what is not in the log: long sleepers, detached steps that run and that wait for room, dead letters, each counted up
+-- to 100,001; and seconds until the next timer is due (null: none waits).
+create or replace function durable.asides(out sleeping bigint, out running bigint, out waiting bigint, out dead_letters bigint, out due_s float8)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select (select count(*) from (select from durable.wait limit 100001) w),
+        (select count(*) from (select from durable.detached d where d.owner <> 0 limit 100001) d),
+        (select count(*) from (select from durable.detached d where d.owner = 0 limit 100001) d),
+        (select count(*) from (select from durable.dead_letter limit 100001) d),
+        durable.next_due()
+$$;
+
 -- durable.totals(): workflows by type and status. Reads lifecycle rows of the retained days: for people, not for polls.
 create or replace function durable.totals() returns table (workflow text, status text, workflows bigint)
 language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    select s.workflow, coalesce(f.status, 'running'), count(*)
+    select s.workflow,
+        coalesce(f.status, case when s.id in (select d.id from durable.dead_letter d) then 'stuck' else 'running' end), count(*)
     from durable.started s left join durable.finished f on f.id = s.id and f.day = s.day
     group by 1, 2 order by 1, 2
 $$;

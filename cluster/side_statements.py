@@ -1,0 +1,97 @@
+"""One Python function for each SQL function about what is not in the log: timers, detached steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from durable_cluster.envelope import Envelope, encode_line
+from durable_cluster.errors import translated
+from durable_cluster.statements import Connection, plain_cursor
+
+
+def schedule(tx: Connection, envelopes: Sequence[Envelope], delays_s: Sequence[float]) -> None:
+    """Step events to be appended after so many seconds each, in the transaction of ``tx``."""
+    delays_ms = "\n".join(f"{delay * 1000:.3f}" for delay in delays_s)
+    with translated():
+        plain_cursor(tx).execute("select durable.schedule(%s, %s)", ("\n".join(map(encode_line, envelopes)), delays_ms))
+
+
+def sweep(connection: Connection) -> int:
+    """Fire the timers that are due; how many. Writes nothing when there are none."""
+    with translated():
+        row = plain_cursor(connection).execute("select durable.sweep()").fetchone()
+    return int(row[0]) if row else 0
+
+
+def next_due(connection: Connection) -> float | None:
+    """In how many seconds the next timer is due; None without any. Reads only."""
+    with translated():
+        row = plain_cursor(connection).execute("select durable.next_due()").fetchone()
+    return None if row is None or row[0] is None else float(row[0])
+
+
+def detach(
+    tx: Connection, *, shard: int, owners: Sequence[int], envelopes: Sequence[Envelope], crashes: Sequence[int]
+) -> None:
+    """Steps that outlast their page, in the page's transaction. ``owners``: who runs each; 0 for nobody yet."""
+    columns = (owners, [one.key for one in envelopes], map(encode_line, envelopes), crashes)
+    texts = ["\n".join(map(str, column)) for column in columns]
+    with translated():
+        plain_cursor(tx).execute("select durable.detach(%s, %s, %s, %s, %s)", (shard, *texts))
+
+
+def complete_detached(tx: Connection, *, owner: int, keys: Sequence[str]) -> set[str]:
+    """Delete the rows of steps that have ended, in the transaction that hands them on; those that were still ``owner``'s."""
+    with translated():
+        row = (
+            plain_cursor(tx)
+            .execute("select durable.complete_detached(%s::bigint, %s)", (owner, "\n".join(keys)))
+            .fetchone()
+        )
+    return set(row[0].split("\n")) if row else set()
+
+
+def disown(connection: Connection, owner: int, *, running: Sequence[str]) -> int:
+    """After a lost connection: rows of this owner that it does not run may be taken by others; how many."""
+    with translated():
+        row = (
+            plain_cursor(connection)
+            .execute("select durable.disown(%s::bigint, %s)", (owner, "\n".join(running)))
+            .fetchone()
+        )
+    return row[0] if row else 0
+
+
+def single_out(connection: Connection, owner: int, key: str) -> None:
+    """This detached step is at fault for the end of its process that follows."""
+    with translated():
+        plain_cursor(connection).execute("select durable.single_out(%s::bigint, %s)", (owner, key))
+
+
+def take_detached(
+    connection: Connection, owner: int, *, limit: int, with_suspect: bool
+) -> list[tuple[int, str, int, str | None]]:
+    """Detached steps that nobody ran, this owner's now: shard, envelope, crashes, progress (JSON)."""
+    with translated():
+        return (
+            plain_cursor(connection)
+            .execute(
+                "select shard, line, crashes, progress from durable.take_detached(%s::bigint, %s, %s)",
+                (owner, limit, with_suspect),
+            )
+            .fetchall()
+        )
+
+
+def report_progress(connection: Connection, owner: int, progress: Mapping[str, str]) -> set[str]:
+    """Write what detached steps said (JSON by key); the keys that are no longer ``owner``'s."""
+    with translated():
+        row = (
+            plain_cursor(connection)
+            .execute(
+                "select durable.report_progress(%s::bigint, %s, %s)",
+                (owner, "\n".join(progress), "\n".join(progress.values())),
+            )
+            .fetchone()
+        )
+    return set(row[0].split("\n")) - {""} if row else set()
