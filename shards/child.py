@@ -8,19 +8,20 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 
-import psycopg
 from multiprocess.connection import Connection
 
-from durable_cluster import statements, telemetry
+from durable_cluster import telemetry
 from durable_cluster.consumer import Consumer
-from durable_cluster.database import connect_worker
+from durable_cluster.database import CONNECTION_LOST, connect_worker
 from durable_cluster.errors import ConnectionFailed, DurableError
 from durable_cluster.loading import load_app
 from durable_cluster.shards import maintenance, restarts
+from durable_cluster.shards.endings import EXIT_BROKEN, EXIT_CANNOT_BOOT
 from durable_cluster.shards.messages import (
     Adopt,
     Beat,
@@ -31,12 +32,13 @@ from durable_cluster.shards.messages import (
     decode_to_child,
     encode,
 )
+from durable_cluster.shards.watchdog import Watchdog, end_hanging
 
 logger = logging.getLogger("durable_cluster.child")
 
-EXIT_CANNOT_BOOT = 3
 RECONNECT_S_MIN = 0.1
 RECONNECT_S_MAX = 5.0
+GRACE_OF_DETACHED = 0.7
 LOSSES_WINDOW_S = 60.0
 NEWS_OF_BEATS = 10
 PR_SET_PDEATHSIG = 1
@@ -49,6 +51,7 @@ class Orders:
         self.pipe = pipe
         self.is_stopping = False
         self._grace_s = settings_grace_s
+        self._lock = threading.Lock()
         self._beat_at = 0.0
         self._was_holding = False
 
@@ -60,7 +63,8 @@ class Orders:
     def say(self, message: Ready | Beat | Broken) -> None:
         """Tell the supervisor; its end being gone means that it is gone, and so are we."""
         try:
-            self.pipe.send_bytes(encode(message))
+            with self._lock:
+                self.pipe.send_bytes(encode(message))
         except OSError:
             self.is_stopping = True
 
@@ -71,6 +75,10 @@ class Orders:
         if now - self._beat_at >= (every_s / NEWS_OF_BEATS if is_news else every_s):
             self._beat_at, self._was_holding = now, beat.is_holding
             self.say(beat)
+
+    def is_pending(self) -> bool:
+        """Whether the supervisor has said something that is not heard yet, or it is time to stop."""
+        return self.is_stopping or self.pipe.poll()
 
     def heard(self) -> list[Adopt | object]:
         """What the supervisor has said since the last time."""
@@ -100,7 +108,12 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
         reason = str(error) if isinstance(error, DurableError) else f"{type(error).__name__}: {error}"
         orders.say(Broken(reason))
         sys.exit(EXIT_CANNOT_BOOT)
-    run()
+    try:
+        run()
+    except Exception:
+        logger.exception("this process cannot go on; it is started again")
+        logging.shutdown()
+        os._exit(EXIT_BROKEN)  # whatever its threads still do
     signal.setitimer(signal.ITIMER_REAL, 0)
     if tracing is not None:
         tracing.shutdown()
@@ -116,22 +129,25 @@ def _dies_with(supervisor_pid: int) -> bool:
 def _consumer(config: ClusterConfig, shard: int, orders: Orders) -> Callable[[], None]:
     app = load_app(config.app)
     app.client.use(config.dsn)
-    consumer = Consumer(config.dsn, shard, app.machines, config.settings)
+    consumer = Consumer(config.dsn, shard, app.machines, config.settings, on_hang=end_hanging)
     orders.say(Ready(consumer.owner))
 
+    def look() -> None:
+        orders.beat(Beat(consumer.owner, True, consumer.steps), every_s=config.settings.heartbeat_s / 2)
+
+    Watchdog(consumer, grace_s=config.settings.hang_grace_s, on_look=look).start()
+
     def run() -> None:
-        current = consumer
         losses: list[float] = []
         while not orders.is_stopping:
             try:
-                _consume(current, config, orders)
-            except psycopg.OperationalError as error:
+                _consume(consumer, config, orders)
+            except CONNECTION_LOST as error:
+                logger.warning("shard %d: the connection is lost (%s)", shard, _first_line(error))
                 losses = [*restarts.recent(losses, now=time.monotonic(), window_s=LOSSES_WINDOW_S), time.monotonic()]
-                pause_s = restarts.pause_s(len(losses), chance=random.random())
-                logger.warning("shard %d: %s; a new connection in %.1f s", shard, _first_line(error), pause_s)
-                orders.pipe.poll(pause_s)
-                current = _reconnected(current, config, orders)
-        current.close()
+                orders.pipe.poll(restarts.pause_s(len(losses), chance=random.random()))
+                _reconnect(consumer, config, orders)
+        consumer.close(grace_s=config.settings.drain_grace_s * GRACE_OF_DETACHED)
 
     return run
 
@@ -148,7 +164,7 @@ def _consume(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
     while not orders.is_stopping:
         for order in orders.heard():
             _obey(consumer, order)
-        if may_have_work and consumer.work(lambda: orders.is_stopping, on_page):
+        if may_have_work and consumer.work(orders.is_pending, on_page):
             last_work = time.monotonic()
         else:
             orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=every_s)
@@ -166,22 +182,18 @@ def _obey(consumer: Consumer, order: object) -> None:
         consumer.release(order.shard)
 
 
-def _reconnected(lost: Consumer, config: ClusterConfig, orders: Orders) -> Consumer:
-    """A new incarnation on a new connection, however long that takes; the old one's windows are free then."""
-    lost.close()
+def _reconnect(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
+    """A new connection for the same incarnation, however long that takes: what runs detached goes on meanwhile."""
     pause_s = RECONNECT_S_MIN
     while not orders.is_stopping:
         try:
-            fresh = lost.successor()
-            statements.abandon(fresh.connection, lost.owner)
-            orders.say(Ready(fresh.owner))
-            logger.warning("shard %d: connected again", lost.home)
-            return fresh
-        except (ConnectionFailed, psycopg.OperationalError):
-            orders.beat(Beat(0, False, lost.steps), every_s=config.settings.heartbeat_s / 2)
+            consumer.reconnect()
+            logger.warning("shard %d: connected again", consumer.home)
+            return
+        except (ConnectionFailed, *CONNECTION_LOST):
+            orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=config.settings.heartbeat_s / 2)
             time.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(RECONNECT_S_MAX, pause_s * 2)
-    return lost
 
 
 def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
@@ -194,8 +206,8 @@ def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
             try:
                 if current.closed:
                     current = connect_worker(config.dsn, name="durable-cluster maintenance", settings=config.settings)
-                maintenance.run_once(current)
-            except (ConnectionFailed, psycopg.OperationalError) as error:
+                maintenance.run_once(current, config.settings)
+            except (ConnectionFailed, *CONNECTION_LOST) as error:
                 logger.info("maintenance: %s; trying again", _first_line(error))
                 if current.broken:
                     current.close()

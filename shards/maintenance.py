@@ -1,4 +1,4 @@
-"""What somebody must do now and then: partitions ahead, rotation, names of the dead.
+"""What somebody must do now and then: partitions ahead, rotation, names of the dead, days whose retention is over.
 
 There is no leader: every host runs this. What is due is found by a read; it is done under a try-lock of the transaction and is
 idempotent, so two hosts at once do it once.
@@ -7,25 +7,38 @@ idempotent, so two hosts at once do it once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psycopg
-from psycopg.errors import LockNotAvailable
+from psycopg.errors import DeadlockDetected, LockNotAvailable
 
-from durable_cluster import statements
+from durable_cluster.settings import Settings
+from durable_cluster.shards import upkeep
 
 logger = logging.getLogger("durable_cluster.maintenance")
 
+Connection = psycopg.Connection[Any]
 
-def run_once(connection: psycopg.Connection[Any]) -> None:
+
+def duties(settings: Settings) -> list[tuple[str, Callable[[Connection], bool], Callable[[Connection], int]]]:
+    """What each is called, the read that finds it due, and the call that does it."""
+    days = settings.retention_days
+    return [
+        ("partitions", upkeep.needs_partitions, upkeep.add_partitions),
+        ("rotation", upkeep.needs_upkeep, upkeep.keep_up),
+        ("timers", upkeep.needs_timer_rotation, upkeep.rotate_timers),
+        ("members", upkeep.has_dead_members, upkeep.sweep_members),
+        ("retention", partial(upkeep.needs_expiry, days=days), partial(upkeep.expire, days=days)),
+    ]
+
+
+def run_once(connection: Connection, settings: Settings | None = None) -> None:
     """Do what is due. A lock that somebody holds is no error: the next round tries again."""
-    for is_due, act in (
-        (statements.needs_partitions, statements.add_partitions),
-        (statements.needs_upkeep, statements.keep_up),
-        (statements.has_dead_members, statements.sweep_members),
-    ):
+    for name, is_due, act in duties(settings or Settings()):
         try:
             if is_due(connection):
-                logger.info("%s: %s", act.__name__, act(connection))
-        except LockNotAvailable:
-            logger.info("%s: somebody holds the lock; next round", act.__name__)
+                logger.info("%s: %s", name, act(connection))
+        except (LockNotAvailable, DeadlockDetected):
+            logger.info("%s: somebody holds the lock; next round", name)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from multiprocess import resource_tracker
 from multiprocess.connection import Connection
@@ -38,6 +39,15 @@ class Child:
         """None while it runs; negative for the signal that ended it."""
         code: int | None = self._process.exitcode
         return code
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether somebody has stopped it (SIGSTOP): it lives, but its work is better done elsewhere. Linux."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text("ascii", "replace")
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[:1] == ["T"]
 
     @property
     def waitables(self) -> list[object]:

@@ -29,9 +29,9 @@ from multiprocess.connection import wait
 from psycopg.errors import LockNotAvailable
 
 from durable_cluster import schema, statements
-from durable_cluster.database import connect_worker
+from durable_cluster.database import CONNECTION_LOST, connect_worker
 from durable_cluster.errors import ConnectionFailed, DurableError
-from durable_cluster.shards import child, restarts
+from durable_cluster.shards import child, endings, restarts
 from durable_cluster.shards.messages import Adopt, Beat, Broken, ClusterConfig, Ready, Release, encode
 from durable_cluster.shards.process import Child
 
@@ -39,6 +39,7 @@ logger = logging.getLogger("durable_cluster.supervisor")
 
 LOOP_S_MAX = 0.25
 RECONNECT_S = 1.0
+OUTSIDE_PAUSE_S_MAX = 1.0  # whoever was ended from outside will not end the same way for it
 
 
 class ClusterStopped(DurableError):
@@ -60,6 +61,8 @@ class Place:
         self.heard_at = 0.0
         self.deaths: list[float] = []
         self.adopted: list[int] = []
+        self.is_hanging = False
+        self.is_stood_in_for = False
 
     @property
     def is_up(self) -> bool:
@@ -84,7 +87,8 @@ class Supervisor:
             for number in range(config.consumers_per_shard)
         ]
         self._places.append(Place("maintenance", None))
-        self._to_abandon: list[int] = []
+        self._to_abandon: list[tuple[int, int]] = []
+        self._out_of_memory_kills = endings.out_of_memory_kills()
         self._on_up = on_up
         self._signals = 0
         self._deadline: float | None = None
@@ -170,32 +174,42 @@ class Supervisor:
         for place in self._places:
             if place.child is None and place.start_at <= now:
                 place.child = Child(self._context, child.main, self._config_bytes, name=place.name, shard=place.shard)
-                place.is_ready = place.is_holding = False
+                place.is_ready = place.is_holding = place.is_hanging = place.is_stood_in_for = False
                 place.heard_at = now
 
     def _hear(self, place: Place) -> None:
         assert place.child is not None
         for message in place.child.heard():
             place.heard_at = time.monotonic()
+            if place.is_stood_in_for:
+                place.is_stood_in_for = False
+                self._release(place)
             if isinstance(message, Ready):
                 self._is_up(place, message.owner)
             elif isinstance(message, Beat):
                 place.is_holding, place.steps = message.is_holding, message.steps
             elif isinstance(message, Broken):
-                raise ClusterStopped(f"{place.name} cannot start: {message.reason}")
+                if not place.deaths:
+                    raise ClusterStopped(f"{place.name} cannot start: {message.reason}")
+                # Its place was up before: what is in the way now may pass, such as a server that recovers. Restarts are limited.
+                logger.warning("%s cannot start: %s", place.name, message.reason)
 
     def _is_up(self, place: Place, owner: int) -> None:
         if owner:
             place.owners.append(owner)
         place.is_ready = True
-        if place.shard is not None:
-            for sibling in self._places:
-                if sibling is not place and place.shard in sibling.adopted and sibling.child is not None:
-                    sibling.adopted.remove(place.shard)
-                    sibling.child.tell(Release(place.shard))
+        self._release(place)
         if self._on_up is not None and all(one.is_ready for one in self._places):
             said, self._on_up = self._on_up, None
             said(self)
+
+    def _release(self, place: Place) -> None:
+        """The shard of this place has its own consumer again."""
+        for sibling in self._places:
+            if sibling is not place and place.shard in sibling.adopted and sibling.child is not None:
+                assert place.shard is not None
+                sibling.adopted.remove(place.shard)
+                sibling.child.tell(Release(place.shard))
 
     # Dying.
 
@@ -205,38 +219,57 @@ class Supervisor:
         place.child.reap()
         place.child, was_ready = None, place.is_ready
         place.is_ready = place.is_holding = False
-        self._to_abandon += place.owners
-        place.owners = []
+        is_at_fault = self._is_of_its_own(place, code)
+        self._abandon(place, is_at_fault=is_at_fault)
         if self._signals:
             return
         # One that a signal ended while it started was killed from outside; one that ended itself cannot boot.
-        if not was_ready and (code is None or code >= 0):
-            raise ClusterStopped(f"{place.name} ended while it started ({_ending(code)}); its error stands above")
+        if not was_ready and not place.deaths and (code is None or code >= 0):
+            raise ClusterStopped(f"{place.name} ended while it started ({endings.told(code)}); its error stands above")
         now = time.monotonic()
         place.deaths = [*restarts.recent(place.deaths, now=now, window_s=self._settings.restart_window_s), now]
         if len(place.deaths) > self._settings.restarts_max:
             raise ClusterStopped(
-                f"{place.name} died {len(place.deaths)} times in {self._settings.restart_window_s:.0f} s (last: {_ending(code)})"
+                f"{place.name} died {len(place.deaths)} times in {self._settings.restart_window_s:.0f} s"
+                f" (last: {endings.told(code)})"
             )
         self.restarts += 1
-        place.start_at = now + restarts.pause_s(len(place.deaths), chance=random.random())
-        logger.warning("%s ended (%s); started again in %.1f s", place.name, _ending(code), place.start_at - now)
+        pause_s = restarts.pause_s(len(place.deaths), chance=random.random())
+        place.start_at = now + (pause_s if is_at_fault else min(pause_s, OUTSIDE_PAUSE_S_MAX))
+        logger.warning("%s ended (%s); started again in %.1f s", place.name, endings.told(code), place.start_at - now)
         self._flush_abandoned()
         for shard in {place.shard, *place.adopted} - {None}:
             assert shard is not None
             self._find_adopter(shard)
         place.adopted = []
 
-    def _find_adopter(self, shard: int) -> None:
-        """Have the least burdened living consumer read a shard whose windows are free now; its own sibling first."""
-        living = [place for place in self._places if place.is_up and place.shard is not None]
+    def _is_of_its_own(self, place: Place, code: int | None) -> bool:
+        kills, before = endings.out_of_memory_kills(), self._out_of_memory_kills
+        self._out_of_memory_kills = kills
+        return endings.is_of_its_own(code, was_hanging=place.is_hanging, was_out_of_memory=kills > before)
+
+    def _abandon(self, place: Place, *, is_at_fault: bool) -> None:
+        """Its owners are gone; if it died of what it ran, the lines of its page are suspects."""
+        suspects = self._settings.page_lines_max if is_at_fault else 0
+        self._to_abandon += [(owner, suspects) for owner in place.owners]
+        place.owners = []
+
+    def _find_adopter(self, shard: int) -> bool:
+        """Have the least burdened living consumer read a shard whose windows are free now; its own sibling first.
+
+        Whether one is up.
+        """
+        living = [
+            place for place in self._places if place.is_up and place.shard is not None and not place.is_stood_in_for
+        ]
         if not living:
-            return
+            return False
         adopter = min(living, key=lambda place: (place.shard != shard, len(place.adopted), place.is_holding))
         assert adopter.child is not None
         if adopter.shard != shard and shard not in adopter.adopted:
             adopter.adopted.append(shard)
         adopter.child.tell(Adopt(shard))
+        return True
 
     def _check_hangs(self, now: float) -> None:
         for place in self._places:
@@ -249,6 +282,7 @@ class Supervisor:
             if silent_s > limit_s:
                 what = "hangs" if place.is_ready else "does not start"
                 logger.error("%s %s: silent for %.0f s; it is killed", place.name, what, silent_s)
+                place.is_hanging = place.is_ready and not place.child.is_frozen
                 place.child.kill()
                 place.heard_at = float("inf")
 
@@ -268,7 +302,7 @@ class Supervisor:
                 place.child.kill()
                 place.child.reap()
                 place.child = None
-                self._to_abandon += place.owners
+                self._abandon(place, is_at_fault=False)
 
     # The database.
 
@@ -276,15 +310,29 @@ class Supervisor:
         if now < self._heartbeat_at:
             return
         self._heartbeat_at = now + self._settings.dead_interval_s / 4
-        living = [owner for place in self._places if place.child is not None for owner in place.owners]
+        living: list[int] = []
+        for place in self._places:
+            if place.child is not None and place.child.is_frozen:
+                self._stand_in_for(place, now)
+            elif place.child is not None:
+                living += place.owners
         self._ask(partial(statements.heartbeat, owners=living))
+
+    def _stand_in_for(self, place: Place, now: float) -> None:
+        """A stopped process is silent: once that is long enough, a sibling takes its work over, until it is heard again."""
+        is_silent = now - place.heard_at > self._settings.dead_interval_s
+        if is_silent and place.shard is not None and not place.is_stood_in_for:
+            place.is_stood_in_for = True
+            place.is_stood_in_for = all(self._find_adopter(shard) for shard in (place.shard, *place.adopted))
+            if place.is_stood_in_for:
+                logger.warning("%s is stopped (SIGSTOP): a sibling reads its shard", place.name)
 
     def _flush_abandoned(self) -> None:
         """Set the windows of dead owners free; whoever still holds such a row is asked about again in the next round."""
-        owners, self._to_abandon = self._to_abandon, []
-        for owner in owners:
-            if not self._ask(partial(statements.abandon, owner=owner)):
-                self._to_abandon.append(owner)
+        gone, self._to_abandon = self._to_abandon, []
+        for owner, suspects in gone:
+            if not self._ask(partial(statements.abandon, owner=owner, suspects=suspects)):
+                self._to_abandon.append((owner, suspects))
 
     def _ask(self, question: Callable[[psycopg.Connection[Any]], object]) -> bool:
         """Run a statement; whether it went through. A lost connection is opened again, at most once a second."""
@@ -300,7 +348,7 @@ class Supervisor:
             return True
         except LockNotAvailable:
             return False
-        except (ConnectionFailed, psycopg.OperationalError) as error:
+        except (ConnectionFailed, *CONNECTION_LOST) as error:
             logger.info("the supervisor's statement failed (%s); trying again", type(error).__name__)
             if not self._connection.closed:
                 self._connection.close()
@@ -324,9 +372,3 @@ def resident_memory_mib(pids: list[int]) -> float:
             continue
         total_kib += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")), 0)
     return (total_kib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
-
-
-def _ending(code: int | None) -> str:
-    if code is not None and code < 0:
-        return signal.Signals(-code).name
-    return f"exit code {code}"

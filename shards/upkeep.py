@@ -1,0 +1,88 @@
+"""One Python function for each SQL function that only maintenance and those who look after it call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+from durable_cluster.errors import translated
+
+Connection = psycopg.Connection[Any]
+
+TABLE_LOCK_MS = 500
+"""Who waits for a table's strongest lock lets nobody else pass meanwhile: starts and ends would stand still for so long."""
+
+
+def needs_partitions(connection: Connection) -> bool:
+    """Whether day partitions are running out."""
+    return _is_true(connection, "select durable.needs_partitions()")
+
+
+def add_partitions(connection: Connection) -> int:
+    """Make them; how many. Raises LockNotAvailable when a reader holds on."""
+    return _briefly(
+        connection, "select case when durable.try_maintenance('partitions') then durable.add_partitions() else 0 end"
+    )
+
+
+def needs_upkeep(connection: Connection) -> bool:
+    """Whether a log is due for rotation, or half rotated, or has ticks to trim."""
+    return _is_true(connection, "select durable.needs_upkeep()")
+
+
+def keep_up(connection: Connection) -> int:
+    """Rotation in its two steps, each in its own transaction, and trimming; what the engine counts."""
+    return _count(connection, "select durable.keep_up()") + _count(connection, "select durable.finish_rotation()")
+
+
+def needs_timer_rotation(connection: Connection) -> bool:
+    """Whether so many timers have fired that it is worth it."""
+    return _is_true(connection, "select durable.needs_timer_rotation()")
+
+
+def rotate_timers(connection: Connection) -> int:
+    """Empty one of the timer tables; how many timers were carried over, -1 when somebody holds a lock."""
+    return _count(connection, "select durable.rotate_timers()")
+
+
+def has_dead_members(connection: Connection) -> bool:
+    """Whether the engine knows readers whose process is gone."""
+    return _is_true(connection, "select exists (select 1 from durable.dead_members())")
+
+
+def sweep_members(connection: Connection) -> int:
+    """Unregister them; how many went."""
+    return _count(connection, "select durable.sweep_members()")
+
+
+def needs_expiry(connection: Connection, *, days: int) -> bool:
+    """Whether anything has been finished for more than so many days."""
+    return _is_true(connection, "select durable.needs_expiry(%s::int)", days)
+
+
+def expire(connection: Connection, *, days: int) -> int:
+    """Let the oldest day go, or a part of what outlived its day; days dropped: 0 or 1.
+
+    Raises LockNotAvailable when a reader or a long transaction holds on; nothing has changed then.
+    """
+    return _briefly(connection, "select durable.expire(%s::int)", days)
+
+
+def _briefly(connection: Connection, query: str, *arguments: int) -> int:
+    """As ``_count``, in a transaction that waits for no lock for long."""
+    with connection.transaction():
+        connection.execute("select set_config('lock_timeout', %s, true)", (str(TABLE_LOCK_MS),))
+        return _count(connection, query, *arguments)
+
+
+def _is_true(connection: Connection, query: str, *arguments: int) -> bool:
+    with translated():
+        row = connection.execute(query.encode(), arguments or None).fetchone()
+    return bool(row and row[0])
+
+
+def _count(connection: Connection, query: str, *arguments: int) -> int:
+    with translated():
+        row = connection.execute(query.encode(), arguments or None).fetchone()
+    return int(row[0]) if row and row[0] is not None else 0
