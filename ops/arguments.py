@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
+from durable_cluster.ops.letters import REASONS
 from durable_cluster.ops.show import STATUSES
 from durable_cluster.ops.terminal import PROGRAM, BadUsage
 from durable_cluster.settings import SHARDS_MAX
@@ -27,6 +28,9 @@ class Parser(argparse.ArgumentParser):
         raise BadUsage(f"{message}; see '{self.prog} --help'")
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
 def parser() -> Parser:
     """Every command and option."""
     top = Parser(prog=PROGRAM, description=ABOUT, epilog=ORDER, allow_abbrev=False)
@@ -34,11 +38,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(name: str, help_: str) -> Parser:
-        made: Parser = commands.add_parser(name, help=help_, description=f"{help_}.", epilog=ORDER, allow_abbrev=False)
-        made.add_argument("--dsn", help="a Postgres to use, such as postgresql://user@host/database")
-        made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
-        made.add_argument("--json", action="store_true", help="answer with one JSON document")
-        return made
+        return _add_command(commands, name, help_)
 
     start = command("start", "run a cluster here")
     _add_shards(start)
@@ -79,6 +79,8 @@ def parser() -> Parser:
     show = command("show", "show one workflow")
     show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
 
+    _add_dead_letters(commands)
+
     stop = command("stop", "stop the cluster that runs from --data")
     stop.add_argument("--now", action="store_true", help="do not let running steps end")
     stop.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="wait at most so long (60)")
@@ -88,10 +90,56 @@ def parser() -> Parser:
 
     demo = command("demo", "take 830 real orders through a cluster and reconcile the books")
     demo.add_argument("--times", type=_between(1, 10_000), default=1, metavar="N", help="so many copies of every order")
-    demo.add_argument("--chaos", action="store_true", help="kill consumers that hold work, at least 20 of them")
+    demo.add_argument("--chaos", action="store_true", help="kill consumers at work, stop others for a while, and kill the local Postgres twice")
     _add_shards(demo)
     _add_log_level(demo, default="error")
     return top
+
+
+def _add_command(commands: Commands, name: str, help_: str) -> Parser:
+    made = commands.add_parser(name, help=help_, description=f"{help_}.", epilog=ORDER, allow_abbrev=False)
+    made.add_argument("--dsn", help="a Postgres to use, such as postgresql://user@host/database")
+    made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
+    made.add_argument("--json", action="store_true", help="answer with one JSON document")
+    return made
+
+
+def _add_dead_letters(commands: Commands) -> None:
+    about = "look at the steps that cannot go on, take them up again, or end their workflows"
+    group = commands.add_parser("dead-letters", help=about, description=f"{about}.", epilog=ORDER, allow_abbrev=False)
+    actions = group.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+
+    list_ = _add_command(actions, "list", "list dead letters, newest first")
+    _add_letter_filter(list_)
+    list_.add_argument("--limit", type=_between(1, LIST_MAX), default=50, metavar="N")
+
+    show = _add_command(actions, "show", "show one, with its state")
+    show.add_argument("id", metavar="ID", help="the workflow's id, or the first digits of it")
+
+    retry = _add_command(actions, "retry", "take stuck workflows up again where they stopped")
+    _add_which_letters(retry)
+    retry.add_argument(
+        "--state",
+        metavar="JSON|@FILE",
+        help="an edited state in place of the one it stopped with (@- is standard input)",
+    )
+    retry.add_argument("--app", metavar="MODULE:APP", help="check the edited state against the step of this App")
+
+    purge = _add_command(actions, "purge", "end stuck workflows for good, as failed")
+    _add_which_letters(purge)
+
+
+def _add_which_letters(to: Parser) -> None:
+    to.add_argument("id", metavar="ID", nargs="?", help="one workflow, by its id or the first digits of it")
+    to.add_argument("--all", action="store_true", help="all that match, after a look at them")
+    _add_letter_filter(to)
+    to.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _add_letter_filter(to: Parser) -> None:
+    to.add_argument("--workflow", metavar="NAME")
+    to.add_argument("--step", metavar="NAME")
+    to.add_argument("--reason", choices=REASONS)
 
 
 def _add_shards(to: Parser) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster import schema, statements
+from durable_cluster import schema
 from durable_cluster.ops import lookups
 from durable_cluster.ops.terminal import elapsed
 from durable_cluster.settings import Settings
+from durable_cluster.shards import upkeep
 
 SKEW_S_MAX = 2.0
 HORIZON_S_MAX = 60.0
@@ -170,6 +171,18 @@ def partitions(connection: Connection) -> Finding:
     return _ok("partitions", f"made for {days} days ahead")
 
 
+def retention(connection: Connection) -> Finding:
+    """A day that should have gone is still there; how long days are kept is known to the cluster only."""
+    days = lookups.days_back(connection)
+    if days > Settings().retention_days + 1:
+        return _note(
+            "retention",
+            f"history reaches back {days} days",
+            "nothing, if retention_days says so; else start a cluster, or see 'snapshots': a reader may hold the lock",
+        )
+    return _ok("retention", f"history reaches back {max(days, 0)} days")
+
+
 def consumers(connection: Connection) -> Finding:
     """A shard that nobody reads stands still."""
     shards = lookups.shard_statuses(connection)
@@ -200,7 +213,7 @@ def rotation(connection: Connection) -> Finding:
     """A log that is not rotated grows."""
     overdue = lookups.overdue_rotations(connection)
     if not overdue:
-        due = " (upkeep is due now)" if statements.needs_upkeep(connection) else ""
+        due = " (upkeep is due now)" if upkeep.needs_upkeep(connection) else ""
         return _ok("rotation", f"on time{due}")
     queue, age_s = max(overdue, key=lambda one: one[1])
     return _wrong(

@@ -14,8 +14,9 @@ import psycopg
 from psycopg.errors import InsufficientPrivilege
 
 from durable_cluster.errors import DurableError
-from durable_cluster.ops import demo_cluster, doctor, install, psql, run, running, show, start, status
+from durable_cluster.ops import dead_letters, demo_cluster, doctor, install, psql, run, running, show, start, status
 from durable_cluster.ops.arguments import parser
+from durable_cluster.ops.letters import Filter
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal
 
@@ -111,6 +112,34 @@ def _list(terminal: Terminal, target: Target, options: argparse.Namespace) -> in
     return show.list_(terminal, target, workflow=options.workflow, status=options.status, limit=options.limit)
 
 
+def _dead_letters(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return DEAD_LETTERS[options.action](terminal, target, options)
+
+
+def _dead_letters_list(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return dead_letters.list_(terminal, target, which=_which_letters(options), limit=options.limit)
+
+
+def _dead_letters_retry(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    which = _which_letters(options)
+    dead_letters.checked_choice(options.id, options.all, which, state=options.state, app_address=options.app)
+    if options.all:
+        return dead_letters.retry_all(terminal, target, which=which, is_agreed=options.yes)
+    return dead_letters.retry(terminal, target, prefix=options.id, state=options.state, app_address=options.app)
+
+
+def _dead_letters_purge(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    which = _which_letters(options)
+    dead_letters.checked_choice(options.id, options.all, which)
+    if options.all:
+        return dead_letters.purge_all(terminal, target, which=which, is_agreed=options.yes)
+    return dead_letters.purge(terminal, target, prefix=options.id)
+
+
+def _which_letters(options: argparse.Namespace) -> Filter:
+    return Filter(workflow=options.workflow, step=options.step, reason=options.reason)
+
+
 def _stop(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
     return running.stop(terminal, target.data, is_now=options.now, timeout_s=options.timeout)
 
@@ -134,9 +163,17 @@ COMMANDS: Mapping[str, Command] = {
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),
+    "dead-letters": _dead_letters,
     "stop": _stop,
     "doctor": lambda terminal, target, options: doctor.doctor(terminal, target),
     "demo": _demo,
+}
+
+DEAD_LETTERS: Mapping[str, Command] = {
+    "list": _dead_letters_list,
+    "show": lambda terminal, target, options: dead_letters.show(terminal, target, prefix=options.id),
+    "retry": _dead_letters_retry,
+    "purge": _dead_letters_purge,
 }
 
 

@@ -30,6 +30,7 @@ SERVER_CHECKS: Sequence[Check] = (
 SCHEMA_CHECKS: Sequence[Check] = (
     checks.log_belongs_here,
     checks.partitions,
+    checks.retention,
     checks.consumers,
     checks.silent_windows,
     checks.rotation,

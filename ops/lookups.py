@@ -39,6 +39,19 @@ class ShardStatus(msgspec.Struct, frozen=True, kw_only=True):
     tick_age_s: float
 
 
+class Asides(msgspec.Struct, frozen=True, kw_only=True):
+    """What is not in the log, each counted up to 100,001.
+
+    ``running``: detached steps that run; ``waiting``: those that wait for room; ``due_s``: seconds until the next timer is due.
+    """
+
+    sleeping: int
+    running: int
+    waiting: int
+    dead_letters: int
+    due_s: float | None
+
+
 class Total(msgspec.Struct, frozen=True, kw_only=True):
     """So many workflows of a type are in a status."""
 
@@ -73,6 +86,16 @@ def shard_statuses(connection: Connection) -> list[ShardStatus]:
         ).fetchall()
 
 
+def asides(connection: Connection) -> Asides:
+    """Sleepers, detached steps, dead letters."""
+    with translated(), connection.cursor(row_factory=kwargs_row(Asides)) as cursor:
+        found = cursor.execute(
+            "select sleeping, running, waiting, dead_letters, due_s from durable.asides()"
+        ).fetchone()
+    assert found is not None
+    return found
+
+
 def totals(connection: Connection) -> list[Total]:
     """Workflows by type and status."""
     with translated(), connection.cursor(row_factory=kwargs_row(Total)) as cursor:
@@ -104,6 +127,18 @@ def days_ahead(connection: Connection) -> int:
                 "select coalesce(min(d), 31) - 1 from generate_series(0, 30) d"
                 " where to_regclass('durable.started_' || (durable.today() + d)) is null"
                 " or to_regclass('durable.finished_' || (durable.today() + d)) is null",
+            )
+        )
+
+
+def days_back(connection: Connection) -> int:
+    """How many days before today the oldest day partition is."""
+    with translated():
+        return int(
+            _value(
+                connection,
+                "select coalesce(durable.today() - min(substring(c.relname from '_([0-9]+)$')::int), 0)"
+                " from pg_inherits i join pg_class c on c.oid = i.inhrelid where i.inhparent = 'durable.started'::regclass",
             )
         )
 

@@ -13,7 +13,7 @@ from durable_cluster import schema
 from durable_cluster.app import Machine, checked_name
 from durable_cluster.client import Handle
 from durable_cluster.context import short_id
-from durable_cluster.errors import DurableError, ResultTimeout, WorkflowFailed
+from durable_cluster.errors import DurableError, ResultTimeout, WorkflowFailed, WorkflowStuck
 from durable_cluster.ops.start import EXAMPLES, loaded
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import BadUsage, Terminal, pretty
@@ -61,28 +61,28 @@ def run(
     return _answered(terminal, ended, is_single=count == 1)
 
 
-def parsed(text: str) -> Any:
-    """The JSON of ``--input``, or of the file that ``@file`` names (``@-``: standard input). Raises BadUsage."""
-    source = "--input"
+def parsed(text: str, *, option: str = "--input") -> Any:
+    """The JSON of ``option``, or of the file that ``@file`` names (``@-``: standard input). Raises BadUsage."""
+    source = option
     if text.startswith("@"):
-        source = f"--input {text}"
-        text = _read(text[1:])
+        source = f"{option} {text}"
+        text = _read(text[1:], option)
     try:
         return msgspec.json.decode(text.encode())
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadUsage(
-            f"{source} is not JSON: {error}; quote it for the shell, as in --input '{{\"name\": 1}}', or use @file"
+            f"{source} is not JSON: {error}; quote it for the shell, as in {option} '{{\"name\": 1}}', or use @file"
         ) from error
 
 
-def _read(name: str) -> str:
+def _read(name: str, option: str) -> str:
     try:
         raw = sys.stdin.buffer.read(INPUT_BYTES_MAX) if name == "-" else Path(name).read_bytes()
         return raw.decode()
     except OSError as error:
-        raise BadUsage(f"--input @{name} cannot be read: {error.strerror}") from error
+        raise BadUsage(f"{option} @{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise BadUsage(f"--input @{name} is not UTF-8: {error}") from error
+        raise BadUsage(f"{option} @{name} is not UTF-8: {error}") from error
 
 
 def _started(terminal: Terminal, machine: Machine, value: Any, count: int, key: str | None) -> list[Handle]:
@@ -115,6 +115,8 @@ def _ended(handle: Handle, timeout_s: float | None) -> Started:
         result = handle.result(timeout=timeout_s)
     except WorkflowFailed as error:
         return msgspec.structs.replace(started, status="failed", error=str(error))
+    except WorkflowStuck as error:
+        return msgspec.structs.replace(started, status="stuck", error=str(error))
     except ResultTimeout:
         what = f"workflow {short_id(handle.id)} did not end in time; it goes on: see 'durable-cluster show {short_id(handle.id)}'"
         return msgspec.structs.replace(started, error=what)

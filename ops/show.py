@@ -14,14 +14,14 @@ from durable_cluster.context import SHORT_ID_DIGITS, short_id
 from durable_cluster.errors import UnknownWorkflow
 from durable_cluster.ops import lookups
 from durable_cluster.ops.target import Target
-from durable_cluster.ops.terminal import BadUsage, Terminal, pretty, table
+from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, pretty, table
 from durable_cluster.statements import Place, State
 
-STATUSES = ("running", "completed", "failed")
+STATUSES = ("running", "stuck", "completed", "failed")
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of ``show``. ``places``: where a running workflow stands in the log."""
+    """The answer of ``show``. ``places``: where a running workflow stands in the log; ``failure``: of a failed or stuck one."""
 
     id: str
     workflow: str
@@ -39,7 +39,7 @@ def list_(terminal: Terminal, target: Target, *, workflow: str | None, status: s
     with target.opened() as database, database.connect("list") as connection:
         schema.demand_installed(connection)
         found = lookups.listed(connection, workflow=workflow, status=status, limit=limit)
-    rows = [(one.id, one.workflow, one.status, _moment(one.started_at), _took(one), one.key) for one in found]
+    rows = [(one.id, one.workflow, one.status, moment(one.started_at), _took(one), one.key) for one in found]
     lines = table(("id", "workflow", "status", "started", "took", "key"), rows)
     terminal.answer(found, lines if found else ["no workflows"])
     if len(found) == limit:
@@ -89,7 +89,7 @@ def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
 
 def _shown(short: str, state: State, places: list[Place]) -> Shown:
     value = None if state.output is None else msgspec.json.decode(state.output)
-    is_failed = state.status == "failed"
+    is_failed = state.status in ("failed", "stuck")
     return Shown(
         id=short,
         workflow=state.workflow,
@@ -106,22 +106,37 @@ def _shown(short: str, state: State, places: list[Place]) -> Shown:
 def _lines(shown: Shown) -> list[str]:
     lines = [
         f"{shown.id}  {shown.workflow} (version {shown.version})  {shown.status}",
-        f"  started   {_moment(shown.started_at)}",
+        f"  started   {moment(shown.started_at)}",
     ]
     if shown.finished_at is not None:
-        lines.append(f"  finished  {_moment(shown.finished_at)} ({_seconds(shown.finished_at - shown.started_at)})")
-    for place in shown.places:
-        silent = ", whose consumer is gone: another takes it over" if place.owner_is_silent else ""
-        lines.append(f"  stands    {place.place} at step {place.seq} '{place.step}', shard {place.shard}{silent}")
+        lines.append(f"  finished  {moment(shown.finished_at)} ({_seconds(shown.finished_at - shown.started_at)})")
+    lines += [f"  stands    {_standing(place)}" for place in shown.places if place.place != "stuck"]
     if shown.status == "running" and not shown.places:
         lines.append("  stands    between two steps at the moment of looking")
     if shown.failure is not None:
         step, seq = shown.failure.get("step", "?"), shown.failure.get("seq", "?")
-        lines.append(f"  failed    in step {seq} '{step}': {shown.failure.get('reason', 'unknown')}")
+        lines.append(f"  {shown.status:8}  in step {seq} '{step}': {shown.failure.get('reason', 'unknown')}")
         lines += [f"    {line}" for line in str(shown.failure.get("traceback", "")).splitlines()]
+        if shown.failure.get("purged"):
+            lines.append("  purged    its dead letter was not retried but ended")
+    if shown.status == "stuck":
+        lines.append(
+            f"  next      {PROGRAM} dead-letters retry {shown.id}; its state: {PROGRAM} dead-letters show {shown.id}"
+        )
     elif shown.status == "completed":
         lines += ["  output", *(f"    {line}" for line in pretty(shown.output).splitlines())]
     return lines
+
+
+def _standing(place: Place) -> str:
+    at = f"at step {place.seq} '{place.step}', shard {place.shard}"
+    if place.place == "sleeping":
+        until = "" if place.due is None else f" until {moment(datetime.fromisoformat(place.due))}"
+        return f"sleeping{until}, then {at[3:]}"
+    if place.place == "detached":
+        return f"{'waiting for room beside the pages' if place.owner_is_silent else 'running beside the pages'} {at}"
+    silent = ", whose consumer is gone: another takes it over" if place.owner_is_silent else ""
+    return f"{place.place} {at}{silent}"
 
 
 def _took(listed: lookups.Listed) -> str | None:
@@ -132,5 +147,6 @@ def _seconds(duration: timedelta) -> str:
     return f"{duration.total_seconds():.3f} s"
 
 
-def _moment(at: datetime) -> str:
+def moment(at: datetime) -> str:
+    """A time as people of this place read it."""
     return at.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

@@ -6,10 +6,12 @@ import msgspec
 
 from durable_cluster import schema
 from durable_cluster.ops import lookups
-from durable_cluster.ops.lookups import ShardStatus, Total
+from durable_cluster.ops.lookups import Asides, ShardStatus, Total
 from durable_cluster.ops.running import running_pid
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import Terminal, elapsed, table
+
+COUNTED_MAX = 100_000
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +21,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     server_version: str
     pid: int | None
     shards: list[ShardStatus]
+    asides: Asides
     workflows: list[Total]
 
 
@@ -31,6 +34,7 @@ def status(terminal: Terminal, target: Target) -> int:
             server_version=lookups.setting(connection, "server_version"),
             pid=running_pid(target.data),
             shards=lookups.shard_statuses(connection),
+            asides=lookups.asides(connection),
             workflows=lookups.totals(connection),
         )
     terminal.answer(found, _lines(found))
@@ -55,6 +59,8 @@ def _lines(found: Status) -> list[str]:
         "",
         *table(("shard", "log", "windows", "silent", "consumers", "last tick"), shards),
         "",
+        _aside(found.asides),
+        "",
         *(
             table(
                 ("workflow", "status", "workflows"),
@@ -64,3 +70,18 @@ def _lines(found: Status) -> list[str]:
             else ["no workflows yet"]
         ),
     ]
+
+
+def _aside(of: Asides) -> str:
+    """What is not in the log, in a line."""
+    due = "" if of.due_s is None else f", the next timer {'is due' if of.due_s <= 0 else f'in {elapsed(of.due_s)}'}"
+    waiting = f" and {_upto(of.waiting)} waiting for room" if of.waiting else ""
+    letters = "dead letter" if of.dead_letters == 1 else "dead letters"
+    dead = f"{_upto(of.dead_letters)} {letters}" + (
+        "; see 'durable-cluster dead-letters list'" if of.dead_letters else ""
+    )
+    return f"{_upto(of.sleeping)} asleep{due}; {_upto(of.running)} slow steps running{waiting}; {dead}"
+
+
+def _upto(count: int) -> str:
+    return f"{count:,}" if count <= COUNTED_MAX else f"over {COUNTED_MAX:,}"
