@@ -71,19 +71,25 @@ def _local_server() -> Iterator[str]:
 class RunningCluster:
     """A supervisor in a thread of this process; its consumers are processes of their own."""
 
-    def __init__(self, dsn: str, *, processes: int, shards: int) -> None:
+    def __init__(
+        self, dsn: str, *, processes: int, shards: int, app: str = APP, settings: Settings | None = None
+    ) -> None:
         config = ClusterConfig(
-            dsn=dsn, app=APP, shards=shards, consumers_per_shard=processes // shards, settings=Settings()
+            dsn=dsn,
+            app=app,
+            shards=shards,
+            consumers_per_shard=processes // shards,
+            settings=settings or Settings(),
         )
         self._is_up = threading.Event()
         self._error: BaseException | None = None
-        self._supervisor = Supervisor(config, on_up=lambda _: self._is_up.set())
+        self.supervisor = Supervisor(config, on_up=lambda _: self._is_up.set())
         self._thread = threading.Thread(target=self._run, name="supervisor")
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the children."""
-        return list(self._supervisor.pids.values())
+        return list(self.supervisor.pids.values())
 
     @property
     def thread_id(self) -> int:
@@ -94,34 +100,40 @@ class RunningCluster:
         """Return when all consumers are up. Raises what kept them from it."""
         self._thread.start()
         until(lambda: self._is_up.is_set() or self._error is not None, what="the cluster to come up")
-        self.demand_whole()
+        self.demand_running()
+
+    def demand_running(self) -> None:
+        """Raise if the cluster stopped."""
+        if self._error is not None:
+            raise StageError(f"the cluster stopped: {self._error}") from self._error
 
     def demand_whole(self) -> None:
         """Raise if the cluster stopped, or had to start a process again: what was measured then is not its path."""
-        if self._error is not None:
-            raise StageError(f"the cluster stopped: {self._error}") from self._error
-        if self._supervisor.restarts:
+        self.demand_running()
+        if self.supervisor.restarts:
             raise StageError("a consumer died while it was measured; see its error above, and measure again")
 
     def stop(self) -> None:
         """Drain the cluster and wait for its end; safe twice, and before start."""
         if self._thread.is_alive():
-            self._supervisor.stop()
+            self.supervisor.stop()
             self._thread.join()
 
     def _run(self) -> None:
         try:
-            self._supervisor.run(with_signals=False)
+            self.supervisor.run(with_signals=False)
         except BaseException as error:
             self._error = error
 
 
 @contextmanager
-def running_cluster(dsn: str, *, processes: int, shards: int) -> Iterator[RunningCluster]:
+def running_cluster(
+    dsn: str, *, processes: int, shards: int, app: str = APP, settings: Settings | None = None
+) -> Iterator[RunningCluster]:
     """Install the schema, and run a cluster for as long as the block lasts."""
     with connect(dsn, name="durable-loadtest install") as connection:
         schema.install(connection, shards=shards)
-    cluster = RunningCluster(dsn, processes=processes, shards=shards)
+    cluster = RunningCluster(dsn, processes=processes, shards=shards, app=app, settings=settings)
     try:
         cluster.start()
         yield cluster
