@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from durable_cluster import schema
+from durable_cluster import Settings, schema
 from durable_cluster.embedded import EmbeddedPostgres
+from durable_cluster.shards.messages import ClusterConfig
+from durable_cluster.shards.supervisor import Supervisor
 
 SHARDS = 2
 TEMPLATE = "durable_template"
@@ -98,3 +101,44 @@ def eventually() -> Callable[..., None]:
             time.sleep(0.005)
 
     return wait
+
+
+class Cluster:
+    """A supervisor in a thread of this process, with its children."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.error: BaseException | None = None
+        self._up = threading.Event()
+        self.supervisor = Supervisor(config, on_up=lambda _: self._up.set())
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def demand_up(self) -> Cluster:
+        assert self._up.wait(30), self.error
+        return self
+
+    def stop(self) -> None:
+        self.supervisor.stop()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.supervisor.run(with_signals=False)
+        except BaseException as error:
+            self.error = error
+
+
+@pytest.fixture
+def run_cluster() -> Iterator[Callable[..., Cluster]]:
+    """``run_cluster(dsn, app="module:app", settings=…)``: a cluster of real processes, ended with the test."""
+    made: list[Cluster] = []
+
+    def run(dsn: str, *, app: str, settings: Settings, shards: int = SHARDS, per_shard: int = 1) -> Cluster:
+        config = ClusterConfig(dsn=dsn, app=app, shards=shards, consumers_per_shard=per_shard, settings=settings)
+        made.append(Cluster(config))
+        return made[-1]
+
+    yield run
+    for cluster in made:
+        cluster.stop()

@@ -112,7 +112,7 @@ def run_tests(repo: Path, environment: dict[str, str], tests: Sequence[str]) -> 
 
 
 def apply(patch: Path, repo: Path) -> None:
-    command = ["patch", "-p1", "--forward", "--no-backup-if-mismatch", "--input", str(patch)]
+    command = ["patch", "-p1", "--forward", "--fuzz=0", "--no-backup-if-mismatch", "--input", str(patch)]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unusable(f"the patch does not apply: {' '.join(done.stdout.split())[:160]}")

@@ -1,4 +1,4 @@
-"""Bad input: a clear error that names the thing, nothing lost, and a step that returns garbage fails its own workflow alone."""
+"""Bad input: a clear error that names the thing, nothing lost, and a step that returns garbage stops its own workflow alone."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from durable_cluster import (
     InputError,
     Machine,
     NotInstalled,
+    Retry,
     Settings,
+    TerminalError,
     UnknownWorkflow,
     WorkflowFailed,
+    WorkflowStuck,
     statements,
 )
 from durable_cluster.settings import checked_shards
@@ -58,9 +61,9 @@ class Camel(msgspec.Struct, rename="camel"):
     order_id: int
 
 
-def echoing(dsn: str, state: Any = Any) -> Machine:
+def echoing(dsn: str, state: Any = Any, **settings: Any) -> Machine:
     """A machine of one step that gives back its state."""
-    machine = App("echo", dsn=dsn).machine("echo", state=state)
+    machine = App("echo", dsn=dsn, settings=Settings(**settings)).machine("echo", state=state)
 
     @machine.step(start=True)
     def echo(ctx: Context, state) -> Continuation:
@@ -211,7 +214,7 @@ def test_a_field_that_a_later_version_wrote_is_tolerated_in_a_stored_state(dsn: 
     assert machine.app.get(workflow_id).result(timeout=5) == {"lines": [], "note": None}
 
 
-def test_a_stored_state_that_does_not_fit_fails_its_workflow_alone_and_says_where(
+def test_a_stored_state_that_does_not_fit_is_a_dead_letter_alone_and_at_once_and_says_where(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     machine = echoing(dsn, Order)
@@ -219,7 +222,7 @@ def test_a_stored_state_that_does_not_fit_fails_its_workflow_alone_and_says_wher
     good = machine.start(Order([]))
     machine.app.run(until_idle=True)
     assert good.status() == "completed"
-    with pytest.raises(WorkflowFailed, match=r"lines\[0\].sku"):
+    with pytest.raises(WorkflowStuck, match=r"after 1 attempt: .*lines\[0\].sku"):
         machine.app.get(workflow_id).result(timeout=5)
 
 
@@ -348,13 +351,16 @@ GARBAGE: dict[str, Callable[[Context], Any]] = {
     "StopIteration": raising(StopIteration()),
     "a recursion without end": endless,
     "a cancellation": raising(asyncio.CancelledError()),
+    "an exit": raising(SystemExit(3)),
+    "a terminal error with odd characters": raising(TerminalError("one\ntwo\x00\ud800" + "x" * 100_000)),
     "a use of ctx.tx": lambda ctx: ctx.tx,
 }
+ENDS_ITS_WORKFLOW = ("a failure with a newline", "a terminal error with odd characters")
 
 
-@pytest.mark.parametrize("kind", ["def", "async def", "transactional"])
+@pytest.mark.parametrize("kind", ["def", "async def", "blocking", "transactional"])
 @pytest.mark.parametrize("what", GARBAGE)
-def test_a_step_that_returns_or_raises_garbage_fails_its_workflow_alone(dsn: str, what: str, kind: str) -> None:
+def test_a_step_that_returns_or_raises_garbage_stops_its_workflow_alone(dsn: str, what: str, kind: str) -> None:
     if (what, kind) == ("a use of ctx.tx", "transactional"):
         pytest.skip("that is its right")
     app = App("garbage", dsn=dsn)
@@ -366,18 +372,18 @@ def test_a_step_that_returns_or_raises_garbage_fails_its_workflow_alone(dsn: str
     async def async_step(ctx: Context, state: object) -> Continuation:
         return step(ctx, state)
 
-    machine.step(start=True, name="step", transactional=kind == "transactional")(
-        async_step if kind == "async def" else step
-    )
+    options = {"transactional": kind == "transactional", "blocking": kind == "blocking", "retry": Retry(attempts=1)}
+    machine.step(start=True, name="step", **options)(async_step if kind == "async def" else step)
     good, bad, also_good = machine.start_many(["good", "bad", "also good"])
     app.run(until_idle=True, timeout=20)
-    assert [good.status(), bad.status(), also_good.status()] == ["completed", "failed", "completed"]
+    status, error = ("failed", WorkflowFailed) if what in ENDS_ITS_WORKFLOW else ("stuck", WorkflowStuck)
+    assert [good.status(), bad.status(), also_good.status()] == ["completed", status, "completed"]
     assert [good.result(timeout=5), also_good.result(timeout=5)] == ["good", "also good"], "each its own"
-    with pytest.raises(WorkflowFailed, match=r"step '(step|nowhere)'"):
+    with pytest.raises(error, match=r"in step 'step'"):
         bad.result(timeout=5)
 
 
-def test_a_plain_function_that_returns_a_coroutine_fails_with_a_hint(dsn: str) -> None:
+def test_a_plain_function_that_returns_a_coroutine_is_a_dead_letter_with_a_hint(dsn: str) -> None:
     app = App("garbage", dsn=dsn)
     machine = app.machine("garbage")
 
@@ -391,21 +397,25 @@ def test_a_plain_function_that_returns_a_coroutine_fails_with_a_hint(dsn: str) -
 
     handle = machine.start(1)
     app.run(until_idle=True)
-    with pytest.raises(WorkflowFailed, match="returned coroutine"):
+    with pytest.raises(WorkflowStuck, match=r"after 1 attempt: .*returned coroutine"):
         handle.result(timeout=5)
 
 
-def test_workflows_and_steps_that_no_code_knows_fail_by_name(dsn: str, conn: psycopg.Connection) -> None:
-    machine = echoing(dsn)
+def test_workflows_and_steps_that_no_code_knows_wait_for_code_that_does_and_then_are_dead_letters_by_name(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    machine = echoing(dsn, unroutable_limit_s=1)
     ids = [
         statements.start(conn, "stranger", version=1, step="s", payload="1", key=None)[0],
         statements.start(conn, "echo", version=1, step="stranger", payload="1", key=None)[0],
     ]
     good = machine.start(1)
-    machine.app.run(until_idle=True)
+    echoing(dsn).app.run(until_idle=True, timeout=0.5)
     assert good.status() == "completed"
+    assert [machine.app.get(workflow_id).status() for workflow_id in ids] == ["running", "running"]
+    machine.app.run(until_idle=True)
     for workflow_id in ids:
-        with pytest.raises(WorkflowFailed, match="stranger"):
+        with pytest.raises(WorkflowStuck, match="stranger"):
             machine.app.get(workflow_id).result(timeout=5)
     with pytest.raises(UnknownWorkflow, match=r"stranger.*echo"):
         machine.app.workflow("stranger")
@@ -428,6 +438,10 @@ STRANGE_ENTRIES = [
     (None, "1"),
     ('{"w":"zz","n":1,"f":"echo","s":"echo","v":1,"d":1}', "1"),
     ('{"w":"00000000000000000000000000000000","n":-1,"f":"","s":"\\n","v":1,"d":1}', "1"),
+    ('{"w":"00000000000000000000000000000000","n":1,"f":"","s":"\\n","v":1,"d":1}', "1"),
+    ('{"w":"00000000000000000000000000000000","n":-1,"f":"echo","s":"echo","v":1,"d":"no"}', "1"),
+    ('{"w":"00000000000000000000000000000000","n":1,"f":"echo","s":"echo","v":1,"d":"no","a":1e30}', "1"),
+    ('{"w":"zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz","n":1,"f":"stranger","s":"s","v":1,"d":1}', "1"),
 ]
 
 

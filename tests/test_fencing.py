@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from durable_cluster import App, BatchLost, Context, Continuation, Settings, statements
+from durable_cluster.beside import Beside
 from durable_cluster.consumer import Consumer
 from durable_cluster.envelope import Page, decode_page
 from durable_cluster.handoff import Window
@@ -58,7 +59,8 @@ class Reader:
     def __init__(self, dsn: str, app: App, owner: int) -> None:
         self.connection = psycopg.connect(dsn, autocommit=True)
         self.owner = owner
-        self.runner = PageRunner(self.connection, app.machines, app.settings)
+        self.beside = Beside(app.settings)
+        self.runner = PageRunner(self.connection, app.machines, app.settings, self.beside)
         statements.join_shard(self.connection, SHARD, self.member)
 
     @property
@@ -94,7 +96,7 @@ def reader(dsn: str) -> Iterator[Callable[..., Reader]]:
 
     yield make
     for one in made:
-        one.runner.close()
+        one.beside.close()
         one.connection.close()
 
 
@@ -327,11 +329,15 @@ def test_two_claims_at_once_wait_for_each_other_and_share_no_event(
 def test_every_step_is_handed_on_exactly_once_in_all_cuts_of_pages_and_groups(
     dsn: str, conn: psycopg.Connection, seed: int
 ) -> None:
-    """Entries of 1 to n lines, pages of few lines or bytes, cut after one, groups of 1 to 3, takeovers in between."""
+    """Entries of 1 to n lines, pages of few lines or bytes, cut after one, groups of 1 to 3, takeovers in between.
+
+    A step runs once, unless it outlasted its page and its process was given up before it was handed on.
+    """
     print(f"seed {seed}")
     dice = random.Random(seed)
     conn.execute("create table effect (id text, seq int)")
     runs: Counter[tuple[str, int]] = Counter()
+    runs_awaited: Counter[tuple[str, int]] = Counter()
     app = App("cuts", dsn=dsn, settings=cut_settings(dice))
     machine = app.machine("cuts", state=Count)
 
@@ -341,6 +347,7 @@ def test_every_step_is_handed_on_exactly_once_in_all_cuts_of_pages_and_groups(
 
     @machine.step()
     async def awaited(ctx: Context, at: Count) -> Continuation:
+        runs_awaited[ctx.short_id, ctx.seq] += 1
         return onward(ctx, at)
 
     @machine.step(transactional=True)
@@ -367,11 +374,13 @@ def test_every_step_is_handed_on_exactly_once_in_all_cuts_of_pages_and_groups(
         has_work = consumer.work(lambda pages=pages: next(pages, None) is None, lambda: None)
         in_vain = 0 if has_work or consumer.wait(0) else in_vain + 1
         assert sum(runs.values()) < 10_000, "steps come again and again"
-        statements.abandon(conn, consumer.owner)
+        if not consumer.expects_work(0) or dice.random() < 0.2:
+            statements.abandon(conn, consumer.owner)
         if dice.random() < 0.2:
             consumer.reincarnate()
     expected = Counter((handle.id[:12], seq) for handle, steps in handles for seq in range(1, steps + 2))
-    assert runs == expected
+    assert runs.keys() == expected.keys()
+    assert {step for step, times in runs.items() if times > 1} <= runs_awaited.keys()
     assert steps_logged(conn) == expected
     ended = Counter(short for (short,) in conn.execute("select durable.short(id) from durable.finished"))
     assert ended == Counter(handle.id[:12] for handle, _ in handles)

@@ -19,8 +19,9 @@ from durable_cluster import (
     DatabaseError,
     Handle,
     Machine,
+    Retry,
     Settings,
-    WorkflowFailed,
+    WorkflowStuck,
     statements,
 )
 from durable_cluster.consumer import Consumer
@@ -43,7 +44,7 @@ def machine_with(dsn: str, body: Body, **settings: Any) -> Machine:
     app = App("handoff", dsn=dsn, settings=Settings(takeover_probe_s=0, **settings))
     machine = app.machine("pair", state=int)
 
-    @machine.step(start=True, transactional=True)
+    @machine.step(start=True, transactional=True, retry=Retry(attempts=2, backoff=0))
     def first(ctx: Context, n: int) -> Continuation:
         write(ctx, n)
         body(ctx, n)
@@ -82,11 +83,15 @@ def effects(conn: psycopg.Connection) -> list[int]:
 
 
 def whole_state(conn: psycopg.Connection) -> list[Any]:
-    """All that a page may change: effects, log, terminal records, windows with their cursors, ended batches."""
+    """All that a page may change: effects, log, terminal records, what is set aside, windows with their cursors, ended batches."""
     queries = (
         "select * from effect",
         "select s.shard, l.txid, l.event_id, l.line from durable.shard s, durable.log(s.shard) l",
         "select * from durable.finished",
+        "select * from durable.timer",
+        "select * from durable.wait",
+        "select * from durable.detached",
+        "select * from durable.dead_letter",
         "select batch, owner, done, active from durable.win",
         "select batch_id from pgque.batch_end",
     )
@@ -129,7 +134,7 @@ def test_a_failing_transactional_step_takes_its_effect_and_nothing_else_with_it(
     machine = machine_with(dsn, on(2, act))
     handles = machine.start_many([1, 2, 3, 4])
     machine.app.run(until_idle=True, timeout=20)
-    assert [handle.status() for handle in handles] == ["completed", "failed", "completed", "completed"]
+    assert [handle.status() for handle in handles] == ["completed", "stuck", "completed", "completed"]
     assert effects(conn) == [1, 1, 3, 3, 4, 4]
 
 
@@ -144,7 +149,7 @@ def test_a_step_whose_sql_ends_the_transaction_fails_alone_and_repeats_nobodys_e
     machine = machine_with(dsn, on(2, act), dead_interval_s=1)
     handles = machine.start_many([1, 2, 3, 4])
     machine.app.run(timeout=4)
-    assert [handle.status() for handle in handles] == ["completed", "failed", "completed", "completed"]
+    assert [handle.status() for handle in handles] == ["completed", "stuck", "completed", "completed"]
     assert [n for n in effects(conn) if n != 2] == [1, 1, 3, 3, 4, 4]
 
 
@@ -171,7 +176,7 @@ def test_what_a_step_does_to_its_connection_object_does_not_fall_on_its_neighbou
     assert [handle.result(timeout=5) for handle in handles] == [1, 2, 3]
 
 
-def test_a_deferred_constraint_that_speaks_at_commit_fails_one_workflow_alone(
+def test_a_deferred_constraint_that_speaks_at_commit_stops_one_workflow_alone(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     conn.execute("create table seat (n int unique deferrable initially deferred)")
@@ -179,7 +184,7 @@ def test_a_deferred_constraint_that_speaks_at_commit_fails_one_workflow_alone(
     handles = machine.start_many([1, 2, 3, 12, 5])
     machine.app.run(until_idle=True, timeout=20)
     statuses = dict(zip([1, 2, 3, 12, 5], [handle.status() for handle in handles], strict=True))
-    assert sorted([statuses.pop(2), statuses.pop(12)]) == ["completed", "failed"]
+    assert sorted([statuses.pop(2), statuses.pop(12)]) == ["completed", "stuck"]
     assert set(statuses.values()) == {"completed"}
     sitting = [n for n in effects(conn) if n in (2, 12)]
     assert len(sitting) == 2
@@ -210,12 +215,13 @@ BREAK_THE_COMMIT = {
 }
 
 
-@pytest.mark.parametrize("is_transactional", [False, True], ids=["plain", "transactional"])
+@pytest.mark.parametrize("kind", ["plain", "transactional", "with steps set aside"])
 @pytest.mark.parametrize("how", BREAK_THE_COMMIT)
 def test_a_page_whose_commit_is_refused_changes_nothing_and_is_whole_the_next_time(
-    dsn: str, conn: psycopg.Connection, how: str, is_transactional: bool
+    dsn: str, conn: psycopg.Connection, how: str, kind: str
 ) -> None:
     break_it, mend_it = BREAK_THE_COMMIT[how]
+    is_transactional = kind == "transactional"
     app = App("pages", dsn=dsn, settings=Settings(takeover_probe_s=0))
     machine = app.machine("page", state=int)
 
@@ -225,7 +231,14 @@ def test_a_page_whose_commit_is_refused_changes_nothing_and_is_whole_the_next_ti
             write(ctx, n)
         return ctx.goto(first, n - 1) if n % 2 == 0 else ctx.done(n)
 
+    @machine.step(retry=Retry(attempts=1))
+    def aside(ctx: Context, how: str) -> Continuation:
+        if how == "bury":
+            raise Boom("no")
+        return ctx.sleep(0 if how == "nap" else 61, first, 1)
+
     handles = machine.start_many([1, 2, 3, 4, 11, 12, 13, 14])
+    set_aside = start_aside(conn) if kind == "with steps set aside" else []
     consumer = Consumer(dsn, 0, app.machines, app.settings)
     consumer.shards = [0, 1]
     conn.execute(break_it.encode())
@@ -243,6 +256,16 @@ def test_a_page_whose_commit_is_refused_changes_nothing_and_is_whole_the_next_ti
     consumer.close()
     app.run(until_idle=True, timeout=20)
     assert [handle.result(timeout=5) for handle in handles] == [1, 1, 3, 3, 11, 11, 13, 13]
+    assert [app.get(one).status() for one in set_aside] == ["completed", "running", "stuck"] * (len(set_aside) // 3)
+    assert conn.execute("select count(*) from durable.wait").fetchone() == (len(set_aside) // 3,)
+
+
+def start_aside(conn: psycopg.Connection) -> list[str]:
+    """Workflows that begin where they leave the log: four naps, long sleeps and dead letters."""
+    hows = ["nap", "sleep", "bury"] * 4
+    payloads = [f'"{how}"' for how in hows]
+    found = statements.start_many(conn, "page", version=1, step="aside", payloads=payloads, keys=None, begin=None)
+    return [workflow_id for workflow_id, _ in found]
 
 
 def test_a_connection_cut_in_the_middle_of_phase_2_leaves_nothing_behind(dsn: str, conn: psycopg.Connection) -> None:
@@ -392,7 +415,7 @@ def test_a_conflict_that_a_step_has_handled_is_not_taken_for_nobodys_fault(dsn: 
     thread = threading.Thread(target=machine.app.run, kwargs={"until_idle": True}, daemon=True)
     thread.start()
     thread.join(15)
-    with pytest.raises(WorkflowFailed, match="the seat is taken"):
+    with pytest.raises(WorkflowStuck, match="the seat is taken"):
         bad.result(timeout=1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psycopg
 
 from durable_cluster import App, Context, Continuation, Handle, statements
-from durable_cluster.shards import maintenance
+from durable_cluster.shards import maintenance, upkeep
 
 
 def hopping(dsn: str) -> App:
@@ -67,20 +67,20 @@ def test_an_idle_log_is_emptied_and_then_left_alone(
 
     eventually(is_empty, seconds=60, what="the log emptied by rotation")
     maintenance.run_once(conn)
-    assert not statements.needs_upkeep(conn)
+    assert not upkeep.needs_upkeep(conn)
 
 
 def test_a_reader_whose_process_is_gone_loses_its_name(dsn: str, conn: psycopg.Connection) -> None:
     statements.join_shard(conn, 0, "cdead")
-    assert not statements.has_dead_members(conn)
+    assert not upkeep.has_dead_members(conn)
     conn.execute("update pgque.subscription set sub_active = now() - interval '1 hour' where sub_role = 'coop_member'")
     maintenance.run_once(conn)
     assert conn.execute("select from pgque.consumer where co_name = 'durable_0.cdead'").fetchone() is None
 
 
 def test_partitions_are_made_ahead_and_a_second_round_finds_nothing_to_do(dsn: str, conn: psycopg.Connection) -> None:
-    assert not statements.needs_partitions(conn)
+    assert not upkeep.needs_partitions(conn)
     conn.execute("do $$ begin execute format('drop table durable.finished_%s', durable.today() + 7); end $$")
-    assert statements.needs_partitions(conn)
+    assert upkeep.needs_partitions(conn)
     maintenance.run_once(conn)
-    assert not statements.needs_partitions(conn)
+    assert not upkeep.needs_partitions(conn)

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
-from durable_cluster import App, Context, Continuation, DatabaseError, NotInstalled, SchemaMismatch, schema, statements
+from durable_cluster import App, Context, Continuation, DatabaseError, NotInstalled, SchemaMismatch, schema
 from durable_cluster import sql as files
+from durable_cluster.shards import upkeep
 
 OBJECTS = """
     select 'relation', n.nspname || '.' || c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
@@ -280,9 +281,9 @@ def test_partitions_are_made_from_yesterday_to_a_fortnight_ahead_once(conn: psyc
         assert made.fetchone() == (17,), "sixteen days and the default"
         assert conn.execute("select to_regclass(%s)::text", (f"durable.{table}_{today + 14}",)).fetchone() != (None,)
     assert conn.execute("select durable.add_partitions()").fetchone() == (0,)
-    assert not statements.needs_partitions(conn)
+    assert not upkeep.needs_partitions(conn)
     on_day(conn, 8)
-    assert statements.needs_partitions(conn)
+    assert upkeep.needs_partitions(conn)
     assert conn.execute("select durable.add_partitions()").fetchone() == (16,)
 
 

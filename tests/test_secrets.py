@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from durable_cluster import App, Context, Continuation, DurableError, Handle, Settings, statements
+from durable_cluster import App, Context, Continuation, DurableError, Handle, Retry, Settings, TerminalError, statements
 from durable_cluster.consumer import Consumer
 
 WHOLE = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -32,8 +32,9 @@ class Fragile(Exception):
 def app(dsn: str) -> App:
     app = App("secretive", dsn=dsn, settings=Settings(takeover_probe_s=0, page_window_ms=0))
     machine = app.machine("secret")
+    once = Retry(attempts=1)
 
-    @machine.step(start=True)
+    @machine.step(start=True, retry=Retry(attempts=2, backoff=0))
     def begin(ctx: Context, how: str) -> Continuation:
         match how:
             case "raise":
@@ -42,6 +43,8 @@ def app(dsn: str) -> App:
                 return "garbage"  # type: ignore[return-value]
             case "fail":
                 return ctx.fail("no luck")
+            case "terminal":
+                raise TerminalError("no luck at all")
             case "unknown":
                 return ctx.goto("nowhere", None)
             case "large":
@@ -52,11 +55,11 @@ def app(dsn: str) -> App:
                 return ctx.goto(awaited, how)
         return ctx.goto(transactional, how)
 
-    @machine.step()
+    @machine.step(retry=once)
     async def awaited(ctx: Context, how: str) -> Continuation:
         raise Fragile("an awaited step failed")
 
-    @machine.step(transactional=True)
+    @machine.step(transactional=True, retry=once)
     def transactional(ctx: Context, how: str) -> Continuation:
         match how:
             case "sql":
@@ -71,7 +74,8 @@ def app(dsn: str) -> App:
     return app
 
 
-HOWS = ["raise", "garbage", "fail", "unknown", "large", "not json", "await", "sql", "swallow", "commit", "fine"]
+STUCK = ["raise", "garbage", "unknown", "large", "not json", "await", "sql", "swallow", "commit"]
+HOWS = [*STUCK, "fail", "terminal", "fine"]
 
 
 def start_all(app: App) -> tuple[list[Handle], list[str]]:
@@ -114,7 +118,7 @@ def every_error(app: App, handles: list[Handle]) -> list[Callable[[], Any]]:
     """Calls that fail, each in its own way, around real ids."""
     unknown = handles[0].id[::-1]
     return [
-        *[handle.result for handle in handles if handle.status() == "failed"],
+        *[handle.result for handle in handles if handle.status() in ("failed", "stuck")],
         lambda: app.get(unknown),
         lambda: app.get(handles[0].id + "0"),
         lambda: app.get(handles[0].id.upper()),
@@ -129,7 +133,7 @@ def test_no_error_carries_a_whole_id(app: App) -> None:
     handles, ids = start_all(app)
     app.run(until_idle=True, timeout=20)
     calls = every_error(app, handles)
-    assert len(calls) >= 15
+    assert len(calls) == len(HOWS) - 1 + 7
     for call in calls:
         with pytest.raises(DurableError) as caught:
             call()
@@ -137,12 +141,13 @@ def test_no_error_carries_a_whole_id(app: App) -> None:
         assert leaks(shown, [*ids, ids[0][::-1]]) == []
 
 
-def test_a_terminal_record_of_a_failure_carries_no_whole_id(app: App, conn: psycopg.Connection) -> None:
+def test_what_is_kept_of_a_failure_carries_no_whole_id(app: App, conn: psycopg.Connection) -> None:
     _, ids = start_all(app)
     app.run(until_idle=True, timeout=20)
     outputs = [output for (output,) in conn.execute("select output from durable.finished where status = 'failed'")]
-    assert len(outputs) == len(HOWS) - 1
-    assert leaks("\n".join(outputs), ids) == []
+    details = [details for (details,) in conn.execute("select details from durable.dead_letter")]
+    assert (len(outputs), len(details)) == (2, len(STUCK))
+    assert leaks("\n".join(outputs + details), ids) == []
 
 
 @pytest.mark.parametrize(
@@ -150,6 +155,8 @@ def test_a_terminal_record_of_a_failure_carries_no_whole_id(app: App, conn: psyc
     [
         "select * from durable.list()",
         "select * from durable.list(null, 'failed')",
+        "select * from durable.list(null, 'stuck')",
+        "select * from durable.dead_letters()",
         "select * from durable.log(0)",
         "select * from durable.log(1)",
         "select * from durable.totals()",

@@ -6,7 +6,7 @@ import msgspec
 import psycopg
 import pytest
 
-from durable_cluster import App, Context, Continuation, WorkflowFailed
+from durable_cluster import App, Context, Continuation, Retry, TerminalError, WorkflowFailed, WorkflowStuck
 
 
 class Count(msgspec.Struct):
@@ -55,18 +55,27 @@ def test_a_thousand_workflows_started_at_once_all_complete(app: App) -> None:
     assert {handle.result(timeout=5) for handle in handles} <= {9, 10, 11}
 
 
-def test_a_step_that_raises_fails_its_workflow_alone(dsn: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "raised", "says"),
+    [
+        (ValueError, WorkflowStuck, "is stuck in step 'only_even' after 3 attempts: ValueError: 1 is odd"),
+        (TerminalError, WorkflowFailed, "failed in step 'only_even': 1 is odd"),
+    ],
+)
+def test_a_step_that_raises_stops_its_workflow_alone(
+    dsn: str, error: type[Exception], raised: type[Exception], says: str
+) -> None:
     app = App("picky", dsn=dsn)
     machine = app.machine("pick", state=Count)
 
-    @machine.step(start=True)
+    @machine.step(start=True, retry=Retry(attempts=3, backoff=0))
     def only_even(ctx: Context, at: Count) -> Continuation:
         if at.n % 2:
-            raise ValueError(f"{at.n} is odd")
+            raise error(f"{at.n} is odd")
         return ctx.done(at.n)
 
     odd, even = machine.start_many([Count(1), Count(2)])
     app.run(until_idle=True)
     assert even.result(timeout=5) == 2
-    with pytest.raises(WorkflowFailed, match="failed in step 'only_even': ValueError: 1 is odd"):
+    with pytest.raises(raised, match=says):
         odd.result(timeout=5)

@@ -268,7 +268,7 @@ def test_a_child_that_ends_while_it_starts_stops_the_cluster(dsn: str, folder: P
 
 
 def test_a_step_that_kills_every_consumer_stops_the_cluster_after_so_many_restarts(dsn: str, folder: Path) -> None:
-    settings = msgspec.structs.replace(SETTINGS, restarts_max=2)
+    settings = msgspec.structs.replace(SETTINGS, restarts_max=2, max_crashes=100)
     cluster = Cluster(dsn, shards=SHARDS, settings=settings).started()
     with _app(dsn) as app:
         app.workflow("deadly").start(9)

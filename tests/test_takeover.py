@@ -12,6 +12,7 @@ import pytest
 
 from durable_cluster import App, Context, Continuation, Settings, statements
 from durable_cluster.consumer import Consumer
+from durable_cluster.shards import upkeep
 
 RUNS: Counter[tuple[str, int]] = Counter()
 
@@ -234,7 +235,7 @@ def test_members_of_the_dead_are_swept_once_they_hold_no_window(
     conn.execute("update pgque.batch set batch_opened = batch_opened - interval '3 hours'")
     living = consume(app)
     one_page(living)
-    statements.sweep_members(conn)
+    upkeep.sweep_members(conn)
     members = (
         "select split_part(co_name, '.', 2) from pgque.consumer where co_name like '%.%' and co_name not like '%.c0%'"
     )
@@ -242,7 +243,7 @@ def test_members_of_the_dead_are_swept_once_they_hold_no_window(
     assert "dead" in [name for (name,) in conn.execute(members)]
     statements.abandon(conn, 5)
     until_idle(living)
-    statements.sweep_members(conn)
+    upkeep.sweep_members(conn)
     assert "dead" not in [name for (name,) in conn.execute(members)]
     until_idle(living)
     assert len(RUNS) == 100
