@@ -243,3 +243,41 @@ def test_the_kernels_count_of_kills_for_memory_is_a_number() -> None:
 
 def test_endings_are_told_by_their_names() -> None:
     assert [endings.told(code) for code in (3, -9, -64)] == ["exit code 3", "SIGKILL", "SIGRTMAX"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "suspects", "crashes"),
+    [
+        ((), 0, [0, 0, 0]),
+        ((), 9, [1, 1, 1]),
+        ((2,), 9, [0, 1, 0]),
+        ((2,), 0, [0, 0, 0]),
+    ],
+    ids=["ended from outside", "nobody ran alone", "one ran alone", "ended from outside while one ran alone"],
+)
+def test_who_is_blamed_for_the_death_of_a_process_that_ran_detached_steps(
+    conn: psycopg.Connection, alone: tuple[int, ...], suspects: int, crashes: list[int]
+) -> None:
+    keys = "\n".join(f"{'0' * 32}:{seq}" for seq in (1, 2, 3))
+    conn.execute("select durable.detach(0, %s, %s, %s, %s)", ("7\n7\n7", keys, "{}\n{}\n{}", "0\n0\n0"))
+    conn.execute("update durable.detached set is_alone = seq = any(%s)", (list(alone),))
+    statements.abandon(conn, 7, suspects=suspects)
+    found = conn.execute("select crashes, owner, is_alone from durable.detached order by seq").fetchall()
+    assert found == [(crash, 0, False) for crash in crashes]
+
+
+@pytest.mark.parametrize(
+    ("marked", "suspects", "found"),
+    [(0, 9, (9, 0)), (1, 9, (1, 1)), (1, 0, (0, 0)), (0, 0, (0, 0))],
+    ids=["a crash", "a crash of a marked suspect", "a kill while a suspect ran", "a kill"],
+)
+def test_what_a_window_is_left_with_after_the_death_of_its_process(
+    dsn: str, conn: psycopg.Connection, marked: int, suspects: int, found: tuple[int, int]
+) -> None:
+    conn.execute(
+        "insert into durable.win (batch, shard, owner, s0, s1, active, crashes)"
+        " values (1, 0, 7, pg_current_snapshot(), pg_current_snapshot(), now(), %s)",
+        (marked,),
+    )
+    statements.abandon(conn, 7, suspects=suspects)
+    assert conn.execute("select suspects, crashes from durable.win").fetchone() == found

@@ -23,6 +23,7 @@ from durable_cluster import (
     side_statements,
     statements,
 )
+from durable_cluster.envelope import decode_line
 
 Connection = psycopg.Connection[Any]
 HOUR_S = 3600.0
@@ -34,7 +35,7 @@ def line(number: int, seq: int = 1) -> str:
 
 
 def schedule(conn: Connection, delays_s: dict[int, float]) -> None:
-    side_statements.schedule(conn, [line(number) for number in delays_s], list(delays_s.values()))
+    side_statements.schedule(conn, [decode_line(line(number)) for number in delays_s], list(delays_s.values()))
 
 
 def fired(conn: Connection) -> list[int]:
@@ -275,7 +276,7 @@ def test_ten_thousand_due_at_once_are_fired_in_few_sweeps_and_entries_of_a_thous
 def test_entries_hold_about_a_mebibyte(conn: Connection) -> None:
     state = '"' + "x" * 200_000 + '"'
     lines = [line(number).replace(f'"d":{number}', f'"d":{state}') for number in range(30)]
-    side_statements.schedule(conn, lines, [0.0] * 30)
+    side_statements.schedule(conn, [decode_line(one) for one in lines], [0.0] * 30)
     assert sweep(conn) == 30
     sizes = [
         size

@@ -16,6 +16,7 @@ import pytest
 from psycopg.errors import DeadlockDetected, LockNotAvailable
 
 from durable_cluster import side_statements
+from durable_cluster.envelope import decode_line
 from durable_cluster.shards import maintenance
 
 Connection = psycopg.Connection[Any]
@@ -29,7 +30,7 @@ def line(number: int) -> str:
 
 
 def schedule(conn: Connection, delays_s: dict[int, float]) -> None:
-    side_statements.schedule(conn, [line(number) for number in delays_s], list(delays_s.values()))
+    side_statements.schedule(conn, [decode_line(line(number)) for number in delays_s], list(delays_s.values()))
 
 
 def fired(conn: Connection) -> list[int]:
