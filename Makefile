@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TIMES ?= $(if $(CHAOS),200,1)
 
-.PHONY: demo test test-15 test-16 slow chaos mutants lint types loadtest clean
+.PHONY: demo test test-15 test-16 slow chaos survival mutants lint types loadtest clean
 
 demo: $(READY)
 	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos)
@@ -27,6 +27,11 @@ slow: $(READY)
 # 300 consumers killed and 100 stopped and woken, over 5,000 workflows of ten steps; says its seed (SEED=n repeats one).
 chaos: $(READY)
 	$(BIN)/python -m durable_cluster.loadtest.chaos $(if $(SEED),--seed $(SEED))
+
+# A million sleepers, 10,000 due at once, slow steps beside quick ones, killed consumers, a lost host: each figure against its
+# limit. Some ten minutes on an idle machine; NAMES="page host" measures only those.
+survival: $(READY)
+	$(BIN)/python -m durable_cluster.loadtest.survival $(NAMES)
 
 mutants: $(READY)
 	$(BIN)/python tests/run_mutants.py

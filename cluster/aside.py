@@ -93,10 +93,12 @@ class Aside:
     def use(self, connection: psycopg.Connection[Any]) -> None:
         """Go on with a new connection, after the old one was lost: what the database holds for us and we do not run is set free."""
         self.connection = connection
-        running = [run.key for run in self._beside.known()] + [answer.envelope.key for answer in self._answers]
-        lost = side_statements.disown(connection, self.owner, running=running)
+        lost = side_statements.disown(connection, self.owner, running=sorted(self._known()))
         if lost:
             logger.info("%d detached steps whose commit was not heard of may be taken by others", lost)
+
+    def _known(self) -> set[str]:
+        return {run.key for run in self._beside.known()} | {answer.envelope.key for answer in self._answers}
 
     def _hand_on(self) -> int:
         for run in self._beside.ended(self._settings.page_lines_max - len(self._answers)):
@@ -121,8 +123,11 @@ class Aside:
             self.connection, self.owner, limit=limit, with_suspect=self.may_take_suspect
         )
         runs: list[Run] = []
+        known = self._known()
         for shard, line, crashes, progress in taken:
             envelope = decode_line(line)
+            if envelope.key in known:
+                continue  # it was given away while this process was silent, and nobody had taken it
             if progress is not None:
                 envelope = msgspec.structs.replace(envelope, progress=msgspec.json.decode(progress))
             task = self._resolved(envelope, crashes)

@@ -45,6 +45,7 @@ class Run:
         "is_dropped",
         "is_recorded",
         "latch",
+        "late_since",
         "reported",
         "result",
         "shard",
@@ -61,6 +62,7 @@ class Run:
         self.result: Result | None = None
         self.is_detached = self.is_dropped = self.is_recorded = False
         self.begun_at: float | None = None
+        self.late_since: float | None = None
         self.took_s = 0.0
         self.reported = self.context.said
         self.latch: Latch | None = None
@@ -90,8 +92,10 @@ class Beside:
         self._running: set[Run] = set()
         self._ended: deque[Run] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closing = threading.Event()
         self._waiting: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self._detached = self._threads = self._threads_busy = 0
+        self._detached = self._threads = self._threads_busy = self._queued = 0
+        self._is_pulse_due = False
         self._wakeup_read, self._wakeup_write = socket.socketpair()
         self._wakeup_read.setblocking(False)
         self._wakeup_write.setblocking(False)
@@ -103,7 +107,8 @@ class Beside:
     @property
     def in_flight(self) -> int:
         """Detached steps that run, or have ended and are not handed on yet."""
-        return self._detached + len(self._ended)
+        with self._lock:
+            return self._detached + len(self._ended)
 
     @property
     def has_suspect(self) -> bool:
@@ -124,8 +129,8 @@ class Beside:
             self._event_loop().call_soon_threadsafe(self._create_tasks, awaited)
         for run in runs:
             if not run.task.step.signature.is_async:
-                self._waiting.put(run)
                 self._need_thread()
+                self._waiting.put(run)
 
     def wait(self, runs: Sequence[Run], *, until: float) -> None:
         """Until they have ended, or the monotonic time ``until``."""
@@ -159,6 +164,8 @@ class Beside:
             with self._lock:
                 run.is_dropped = True
                 self._forget(run)
+                with contextlib.suppress(ValueError):
+                    self._ended.remove(run)
             self._interrupt(run, asyncio.CancelledError)
 
     def detached(self) -> list[Run]:
@@ -172,16 +179,38 @@ class Beside:
             return [*self._ended, *(run for run in self._running if run.is_detached)]
 
     def overdue(self) -> list[Run]:
-        """Interrupts the threads of steps beyond their timeouts; the runs that have not ended even ``hang_grace_s`` later."""
+        """Interrupts the threads of steps beyond their timeouts; the runs that have not ended ``hang_grace_s`` after that.
+
+        While a step holds the event loop, no other step there can end: then it alone is at fault. The grace begins when a run is
+        first seen to be late, not at its timeout: the process may have been stopped in between.
+        """
         now = time.monotonic()
         with self._lock:
             late = [run for run in self._running if run.begun_at and now > run.begun_at + run.task.step.timeout_s]
+            for run in late:
+                run.late_since = run.late_since or now
         for run in late:
             if run.thread_id is not None:
                 self._interrupt(run, StepTimeout)
-        return [
-            run for run in late if now > (run.begun_at or now) + run.task.step.timeout_s + self._settings.hang_grace_s
-        ]
+        hung = [run for run in late if now > (run.late_since or now) + self._settings.hang_grace_s]
+        holder = self._holder_of_loop() if any(run.canceller is not None for run in late) else None
+        if holder is None or all(run.canceller is not holder for run in self.known()):
+            return hung
+        return [run for run in hung if run.canceller in (None, holder)]
+
+    def _holder_of_loop(self) -> asyncio.Task[None] | None:
+        """The run's task that has kept the event loop from answering since the last look, if one has."""
+        loop = self._loop
+        if loop is None:
+            return None
+        if self._is_pulse_due:
+            return asyncio.current_task(loop)
+        self._is_pulse_due = True
+        loop.call_soon_threadsafe(self._pulse)
+        return None
+
+    def _pulse(self) -> None:
+        self._is_pulse_due = False
 
     def close(self) -> None:
         """Cancel what runs, end the loop; safe twice. A thread that does not let itself be interrupted is left behind."""
@@ -190,6 +219,7 @@ class Beside:
         self.drop(runs)
         for _ in range(self._threads):
             self._waiting.put(None)
+        self._is_closing.set()
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.call_soon_threadsafe(loop.stop)
@@ -202,11 +232,18 @@ class Beside:
     def _create_tasks(self, runs: Sequence[Run]) -> None:
         loop = asyncio.get_running_loop()
         for run in runs:
-            run.begun_at = time.monotonic()
-            run.canceller = loop.create_task(self._run_async(run))
+            with self._lock:
+                if run.is_dropped:
+                    continue
+                run.begun_at = time.monotonic()
+                run.canceller = loop.create_task(self._run_async(run))
 
     async def _run_async(self, run: Run) -> None:
-        self._end(run, await executor.run_async(run.task, run.context))
+        try:
+            result = await executor.run_async(run.task, run.context)
+        except BaseException as error:  # whatever it is, it is this step's
+            result = executor.failed(run.task, error, run.context)
+        self._end(run, result)
 
     def _work(self) -> None:
         """A thread: blocking steps one after the other, until none has come for a while."""
@@ -215,22 +252,38 @@ class Beside:
                 run = self._waiting.get(timeout=THREAD_IDLE_S)
             except queue.Empty:
                 run = None
+                with self._lock:
+                    if self._queued:  # it is on its way into the queue
+                        continue
             with self._lock:
                 if run is None:
                     self._threads -= 1
                     return
+                self._queued -= 1
                 if run.is_dropped:
                     continue
                 self._threads_busy += 1
                 run.begun_at, run.thread_id = time.monotonic(), threading.get_ident()
+            result = self._run_interruptibly(run)
+            self._end(run, result)
+            with self._lock:
+                self._threads_busy -= 1
+
+    def _run_interruptibly(self, run: Run) -> Result:
+        """Run a step of this thread. An interruption may also reach this thread between two lines of ours, and only once."""
+        result: Result | None = None
+        while True:
             try:
-                result = executor.run(run.task, run.context)
-                self._end(run, result)
-            except StepTimeout as late:  # the interruption reached this thread between two lines of ours
-                self._end(run, executor.failed(run.task, late, run.context))
-            finally:
+                if result is None:
+                    result = executor.run(run.task, run.context)
                 with self._lock:
-                    self._threads_busy -= 1
+                    run.thread_id = None
+                # One that was sent and has not arrived yet must not meet the next step.
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), None)
+                return result
+            except BaseException as error:
+                if result is None:
+                    result = executor.failed(run.task, executor.told_of(run.task, error), run.context)
 
     def _end(self, run: Run, result: Result) -> None:
         with self._lock:
@@ -260,13 +313,16 @@ class Beside:
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=_run_loop, args=(self._loop,), name="durable-async-steps", daemon=True).start()
+            threading.Thread(
+                target=_run_loop, args=(self._loop, self._is_closing), name="durable-async-steps", daemon=True
+            ).start()
         return self._loop
 
     def _need_thread(self) -> None:
         with self._lock:
+            self._queued += 1
             if (
-                self._threads - self._threads_busy >= self._waiting.qsize()
+                self._threads - self._threads_busy >= self._queued
                 or self._threads >= self._settings.blocking_threads_max
             ):
                 return
@@ -289,13 +345,15 @@ class Beside:
             self._wakeup_write.send(b"\0")
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+def _run_loop(loop: asyncio.AbstractEventLoop, is_closing: threading.Event) -> None:
     asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.close()
+    while not is_closing.is_set():
+        try:
+            loop.run_forever()
+        except BaseException:  # what a step left behind raised to end its program, or stopped the loop
+            logger.exception("a task that a step left behind would have ended the event loop")
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.close()

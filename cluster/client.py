@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster import schema, statements
+from durable_cluster import schema, side_statements, statements
 from durable_cluster.context import short_id
 from durable_cluster.database import CONNECTION_LOST, connect
 from durable_cluster.embedded import EmbeddedPostgres
@@ -206,14 +206,14 @@ class Handle:
         """
         connection = self._client.connection()
         if state is KEPT:
-            statements.retry_dead_letter(connection, self.id)
+            side_statements.retry_dead_letter(connection, self.id)
             return
         known = statements.outcome(connection, self.id)
         if known is None or known[0] != "stuck":
             raise UnknownWorkflow(f"workflow {short_id(self.id)}… ('{self.workflow}') has no dead letter to retry")
         letter = msgspec.json.decode(known[1])
         payload = self._client.encode_state(self.workflow, letter["step"], state)
-        statements.retry_dead_letter(connection, self.id, state=payload, seq=letter["seq"])
+        side_statements.retry_dead_letter(connection, self.id, state=payload, seq=letter["seq"])
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self.wait().__await__()

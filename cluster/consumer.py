@@ -71,10 +71,12 @@ class Consumer:
         )
         self._joined: list[int] = []
         self._has_appended: dict[int, bool] = {}
-        self._open: dict[int, int] = {}
+        self._open: dict[int, list[int]] = {}
         self._released: set[int] = set()
         self._listening: set[int] = set()
         self._is_asleep = False
+        self._seen_due_s: float | None = None
+        self._has_looked = False
         self._probe_takeover_at = self._sweep_at = 0.0
         self._member = ""
         self.reincarnate()
@@ -91,13 +93,13 @@ class Consumer:
 
     def reincarnate(self) -> None:
         """Take new owner's bits and a new member name."""
-        old, self.owner = self.owner, secrets.randbits(63)
-        self._member = f"c{self.owner:016x}"
+        new = secrets.randbits(63)
+        if self.owner:  # until that went through, it is who it was
+            statements.reincarnate(self._connection, self.owner, new)
+        self.owner = self._aside.owner = new
+        self._member = f"c{new:016x}"
         self._joined = []
         self._open.clear()
-        if old:
-            statements.reincarnate(self._connection, old, self.owner)
-        self._aside.owner = self.owner
         self._name_session()
 
     def reconnect(self) -> None:
@@ -107,13 +109,15 @@ class Consumer:
         """
         self._connection.close()
         self._connection = self._connected(self._member)
-        self._open = statements.holdings(self._connection, self.owner)
+        self._open = {}
+        for shard, batch in statements.holdings(self._connection, self.owner):
+            self._open.setdefault(shard, []).append(batch)
         self._pages.use(self._connection)
         self._aside.use(self._connection)
         self._joined = []  # maintenance may have swept the name of a process that was away for long
         self._has_appended.clear()
         self._listening.clear()
-        self._is_asleep = False
+        self._is_asleep = self._has_looked = False
         self._probe_takeover_at = self._sweep_at = 0.0
 
     def _connected(self, member: str) -> psycopg.Connection[Any]:
@@ -133,15 +137,17 @@ class Consumer:
         if shard not in self.shards:
             self.shards = [*self.shards, shard]
             self._is_asleep = False
+        self._has_looked = False
         self._released.discard(shard)
         self._probe_takeover_at = 0.0
         self._aside.look_soon()
 
     def release(self, shard: int) -> None:
-        """Stop reading ``shard``, unless it is home; a window of it that is open here is read to its end first."""
+        """Stop reading ``shard``, unless it is home: after one more claim, and when the window that gave is read to its end."""
         if shard != self.home:
             self._released.add(shard)
-        self._forget_released()
+        if self._is_asleep:
+            self._forget_released()
 
     def _forget_released(self) -> None:
         gone = self._released - self._open.keys()
@@ -155,6 +161,7 @@ class Consumer:
         detached steps. ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays
         its owner's, and the next call goes on with it. A claim takes a transaction id: an idle caller waits for ``wait``.
         """
+        self._has_looked = False
         turn_ends = time.monotonic() + TURN_S
 
         def is_over() -> bool:
@@ -180,11 +187,14 @@ class Consumer:
             pause_s = min(self._settings.idle_poll_s_max, (idle_s - busy_s) / 2 + POLL_S_BUSY_MAX)
             if not self._is_asleep:
                 self._fall_asleep()
-        has_work, due_s = self._look()
+                self._has_looked = False  # what was appended before the mark, nobody has told
+        has_work, due_s = (False, self._seen_due_s) if self._has_looked else self._look()
         if not has_work:
             self._pause(pause_s if due_s is None else min(pause_s, max(POLL_S_MIN, due_s)), wakeups)
             has_work = bool(self._aside.tend(is_taking=False))
-            has_work |= self._look()[0]
+            found, self._seen_due_s = self._look()
+            has_work |= found
+        self._has_looked = not has_work  # at once the next call would only see the same
         if has_work and self._is_asleep:
             self._wake_up()
         return has_work
@@ -220,7 +230,8 @@ class Consumer:
     def _drain(self, shard: int, should_stop: Callable[[], bool], on_page: Callable[[], None]) -> bool:
         """Run the pages of the window that is still open, or of a new one. A living owner's window is nobody else's."""
         try:
-            text = self._claim(shard) if shard not in self._open else self._read(self._open[shard])
+            batches = self._open.get(shard)
+            text = (self._rescued(shard) or self._read(batches[0])) if batches else self._claim(shard)
             if text is None:
                 return False
             while text is not None:
@@ -236,7 +247,9 @@ class Consumer:
     def _run_page(self, shard: int, text: str, should_stop: Callable[[], bool]) -> str | None:
         """Run one page; the text of the window's next, or None when it is finished or we are to stop."""
         batch = header_of(text).batch
-        self._open[shard] = batch
+        batches = self._open.setdefault(shard, [])
+        if batch not in batches:
+            batches.append(batch)
         try:
             page = decode_page(text)
         except AmbiguousPage:
@@ -246,26 +259,34 @@ class Consumer:
                 done = self._pages.run(Window(shard=shard, owner=self.owner), page)
         except NOBODYS_FAULT as conflict:
             logger.info("shard %d: %s; the page is read again", shard, type(conflict).__name__)
-            return self._read(batch)
+            return None if should_stop() else self._read(batch)
         self.steps += done.steps
         self._has_appended[shard] = done.appended > 0
-        if done.is_window_finished:
+        batches.remove(batch)
+        if not done.is_window_finished:
+            batches.append(batch)  # several windows are read by turns
+        elif not batches:
             del self._open[shard]
-            return None
-        return None if should_stop() else self._read(batch)
+        return None if done.is_window_finished or should_stop() else self._read(batch)
 
     def _read(self, batch: int, *, lines_max: int | None = None) -> str:
         limits = self._limits if lines_max is None else {**self._limits, "lines_max": lines_max}
         return statements.page(self._connection, batch=batch, owner=self.owner, **limits)
 
+    def _rescued(self, shard: int) -> str | None:
+        """While a window is open, which may be long: a page of a silent owner's, if it is time to look for one."""
+        if not self._is_probing():
+            return None
+        self._has_probed(shard)
+        return statements.rescue(self._connection, shard, owner=self.owner, dead_interval=self._dead, **self._limits)
+
     def _claim(self, shard: int) -> str | None:
         if shard not in self._joined:
             statements.join_shard(self._connection, shard, self._member)
             self._joined.append(shard)
-        now = time.monotonic()
-        is_probing = now >= self._probe_takeover_at
-        if is_probing and shard == self.shards[-1]:
-            self._probe_takeover_at = now + self._settings.takeover_probe_s
+        is_probing = self._is_probing()
+        if is_probing:
+            self._has_probed(shard)
         return statements.claim(
             self._connection,
             shard,
@@ -276,10 +297,18 @@ class Consumer:
             **self._limits,
         )
 
+    def _is_probing(self) -> bool:
+        """Whether it is time to look for windows of silent owners."""
+        return time.monotonic() >= self._probe_takeover_at
+
+    def _has_probed(self, shard: int) -> None:
+        """Once the last of its shards has been probed, the next round is due a while later."""
+        if shard == self.shards[-1]:
+            self._probe_takeover_at = time.monotonic() + self._settings.takeover_probe_s
+
     def _look(self) -> tuple[bool, float | None]:
         """Whether there is anything to do, and in how many seconds the next timer is due. What is due is fired."""
-        now = time.monotonic()
-        is_probing = now >= self._probe_takeover_at
+        is_probing = self._is_probing()
         has_work, due_s = statements.look(
             self._connection,
             self.shards,
@@ -293,7 +322,7 @@ class Consumer:
         if has_work:
             self._aside.look_soon()  # and a claim follows, which probes for takeovers if it is time
         elif is_probing:
-            self._probe_takeover_at = now + self._settings.takeover_probe_s
+            self._probe_takeover_at = time.monotonic() + self._settings.takeover_probe_s
         return has_work, due_s
 
     def _sweep(self) -> bool:
@@ -312,6 +341,7 @@ class Consumer:
         return fired > 0
 
     def _fall_asleep(self) -> None:
+        self._forget_released()
         for shard in self.shards:
             if shard not in self._listening:
                 statements.listen(self._connection, shard)

@@ -87,7 +87,8 @@ class Context:
         """
         try:
             encoded = encode(progress)
-        except (TypeError, ValueError, RecursionError) as error:
+            encode(msgspec.json.decode(encoded))  # what the log carries is read and written again
+        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
             raise InputError(f"progress of step '{self.step}' is not JSON: {error}") from error
         limit = self._machine.app.settings.payload_bytes_max
         if len(encoded) > limit:

@@ -28,10 +28,12 @@ def server_name(dsn: str) -> str:
     return f"{known.get('host') or 'localhost'}:{known.get('port') or 5432}/{known.get('dbname') or known.get('user') or ''}"
 
 
-def connect(dsn: str, *, name: str) -> psycopg.Connection[Any]:
+def connect(
+    dsn: str, *, name: str, kind: type[psycopg.Connection[Any]] = psycopg.Connection
+) -> psycopg.Connection[Any]:
     """An autocommit connection called ``name`` in pg_stat_activity. Raises ConnectionFailed or ConfigurationError."""
     try:
-        return psycopg.connect(
+        return kind.connect(
             dsn,
             autocommit=True,
             application_name=name,
@@ -59,13 +61,26 @@ class StepCursor(psycopg.Cursor[Any]):
         return super().execute(query, *args, **options)
 
 
+class WorkerConnection(psycopg.Connection[Any]):
+    """A worker's connection: the step that is given it must not close it, also not by ``with ctx.tx``."""
+
+    is_of_a_step = False
+
+    def close(self) -> None:
+        if self.is_of_a_step:
+            raise HandlerError(
+                "a step must not close ctx.tx: the connection is the page's; use 'with ctx.tx.transaction()'"
+            )
+        super().close()
+
+
 def connect_worker(dsn: str, *, name: str, settings: Settings) -> psycopg.Connection[Any]:
     """As ``connect``, for processes whose transactions must not hold others up.
 
     A transaction that sits idle ends before its window would be taken over; a lock that is not had in time is an error.
     Settings are made by SET rather than by start-up options, which poolers drop.
     """
-    connection = connect(dsn, name=name)
+    connection = connect(dsn, name=name, kind=WorkerConnection)
     connection.cursor_factory = StepCursor
     idle_ms = int(settings.dead_interval_s * 1000 * IDLE_IN_TRANSACTION_OF_DEAD_INTERVAL)
     connection.execute(

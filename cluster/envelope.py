@@ -15,7 +15,10 @@ import msgspec
 from durable_cluster.retry import Policy
 from durable_cluster.settings import NAME_PATTERN
 
-SEQ_MAX = 999_999_999
+SEQ_MAX = 999_999_998
+"""One less than has nine digits: the step after it has nine too."""
+DEPTH_MARGIN = 150
+NOT_AN_ENVELOPE = (msgspec.DecodeError, UnicodeError, RecursionError)
 NO_HEX = re.compile("[^0-9a-f]")
 
 
@@ -47,11 +50,11 @@ class Envelope(
     seq: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)]
     workflow: str
     step: str
-    version: int
+    version: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     state: msgspec.Raw
     attempt: Annotated[int, msgspec.Meta(ge=1, le=SEQ_MAX)] = 1
-    granted: int = 0
-    unrouted: int = 0
+    granted: Annotated[int, msgspec.Meta(ge=0, le=SEQ_MAX)] = 0
+    unrouted: Annotated[int, msgspec.Meta(ge=0, le=SEQ_MAX)] = 0
     retry: Policy | None = None
     progress: Any = None
 
@@ -122,6 +125,10 @@ def encode(value: object) -> bytes:
     """``value`` as one line of JSON. Raises TypeError or ValueError for what JSON cannot hold."""
     encoded = _encoder.encode(value)
     _syntax.decode(encoded)  # a msgspec.Raw goes in unseen: it must be JSON too
+    if (
+        encoded.count(b"[") + encoded.count(b"{") > DEPTH_MARGIN
+    ):  # whoever reads it may stand deeper in calls than we do
+        _syntax.decode(b"[" * DEPTH_MARGIN + encoded + b"]" * DEPTH_MARGIN)
     return encoded.replace(b"\n", b" ") if b"\n" in encoded else encoded
 
 
@@ -145,7 +152,7 @@ def decode_page(text: str) -> Page:
 def _decoded_lines(body: str, count: int) -> list[Envelope | None]:
     try:
         lines: list[Envelope | None] = list(_envelope.decode_lines(body))
-    except (msgspec.DecodeError, UnicodeError):
+    except NOT_AN_ENVELOPE:
         lines = []
     return lines if len(lines) == count else [_decoded(line) for line in body.split("\n")][:count]
 
@@ -153,7 +160,7 @@ def _decoded_lines(body: str, count: int) -> list[Envelope | None]:
 def _decoded(line: str) -> Envelope | None:
     try:
         return _envelope.decode(line)
-    except (msgspec.DecodeError, UnicodeError):
+    except NOT_AN_ENVELOPE:
         return None
 
 

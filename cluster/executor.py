@@ -97,8 +97,7 @@ def run(task: Task, context: Context) -> Result:
     try:
         return call(task, context)
     except FAILURES as error:
-        # The interruption of a thread that ran too long comes without words.
-        return failed(task, timed_out(task) if type(error) is StepTimeout and not error.args else error, context)
+        return failed(task, told_of(task, error), context)
 
 
 async def run_async(task: Task, context: Context) -> Result:
@@ -114,6 +113,11 @@ async def run_async(task: Task, context: Context) -> Result:
 def context_of(task: Task, connection: psycopg.Connection[Any] | None = None) -> Context:
     """What a step is told about itself. One for each run."""
     return Context(task.machine, task.envelope, connection)
+
+
+def told_of(task: Task, error: BaseException) -> BaseException:
+    """``error`` with words: the interruption of a thread that ran too long comes without."""
+    return timed_out(task) if type(error) is StepTimeout and not error.args else error
 
 
 def timed_out(task: Task) -> StepTimeout:

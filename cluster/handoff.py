@@ -172,7 +172,8 @@ class Handoff:
             still = side_statements.complete_detached(
                 self._connection, owner=owner, keys=[one.envelope.key for one in answers]
             )
-            ours = [one for one in answers if one.envelope.key in still]
+            # Of two answers for one step, of which the process has lost count, one counts.
+            ours = list({one.envelope.key: one for one in answers if one.envelope.key in still}.values())
             for shard in sorted({one.shard for one in ours}):
                 results: list[Slot] = [one.result for one in ours if one.shard == shard]
                 self._set_aside(shard, owner, results)
@@ -199,7 +200,7 @@ class Handoff:
                 crashes=[slot.crashes for slot in detached],
             )
         if dead := [slot for slot in results if isinstance(slot, DeadLetter)]:
-            statements.bury(
+            side_statements.bury(
                 self._connection,
                 [encode_line(slot.envelope) for slot in dead],
                 [slot.reason for slot in dead],
@@ -216,6 +217,7 @@ class Handoff:
         row_factory, cursor_factory = self._connection.row_factory, self._connection.cursor_factory
         context = executor.context_of(task, self._connection)
         self._on_task(task)
+        self._connection.is_of_a_step = True  # type: ignore[attr-defined]
         try:
             with self._limited(task):
                 result = executor.call(task, context)
@@ -227,6 +229,7 @@ class Handoff:
             is_late = any(isinstance(cause, QueryCanceled) for cause in _causes(error))
             raise _failed(task, index, executor.timed_out(task) if is_late else error, context) from error
         finally:
+            self._connection.is_of_a_step = False  # type: ignore[attr-defined]
             self._connection.row_factory, self._connection.cursor_factory = row_factory, cursor_factory
         status = self._connection.info.transaction_status
         if status != TransactionStatus.INTRANS:

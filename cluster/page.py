@@ -45,6 +45,8 @@ class PageRunner:
         self._handoff = Handoff(connection, settings)
         self._beside = beside
         self._slow_steps: set[tuple[str, str]] = set()
+        self._marked: tuple[int, int, str] | None = None
+        self._crashes = 0
 
     def run(self, window: Window, page: Page) -> PageDone:
         """Run as much of ``page`` as its time window lets begin, and commit it. Raises BatchLost."""
@@ -67,7 +69,8 @@ class PageRunner:
 
     def _commit(self, window: Window, page: Page, slots: list[Slot], first: int = 0) -> list[Slot]:
         def on_task(task: Task | None) -> None:
-            self.inline = task
+            # Anew each time: who watches tells the runs of a step that conflicts apart.
+            self.inline = None if task is None else msgspec.structs.replace(task)
 
         return self._handoff.commit(window, page, slots, first=first, on_task=on_task)
 
@@ -127,12 +130,12 @@ class PageRunner:
         One beside which processes have died too often becomes a dead letter. A step that would run beside the page is put
         among the detached ones, where suspects also run alone.
         """
+        stop_at = time.monotonic() + self._window_s
         results: list[Slot] = []
         for index, envelope in enumerate(page.lines[: page.header.suspects]):
-            cursor = page.cursor(index)
-            crashes = statements.mark_suspect(
-                self._connection, batch=page.header.batch, owner=window.owner, done=cursor
-            )
+            if results and time.monotonic() > stop_at:
+                break
+            crashes = self._mark(window, page, index)
             if envelope is not None and crashes > self._settings.max_crashes:
                 slot: Slot = executor.crashed(envelope, crashes - 1)
             else:
@@ -142,6 +145,14 @@ class PageRunner:
                     slot = Detached(slot.envelope, None, crashes)
             results += self._commit(window, page, [slot], first=index)
         return self._done(page, results)
+
+    def _mark(self, window: Window, page: Page, index: int) -> int:
+        """How many processes will have died with this line if this one does; counted once, however often its commit is tried."""
+        batch, cursor = page.header.batch, page.cursor(index)
+        if self._marked != (batch, window.owner, cursor):
+            self._crashes = statements.mark_suspect(self._connection, batch=batch, owner=window.owner, done=cursor)
+            self._marked = batch, window.owner, cursor
+        return self._crashes
 
     def complete(self, owner: int, answers: Sequence[Answer]) -> int:
         """See ``Handoff.complete``."""

@@ -1,4 +1,4 @@
-"""One Python function for each SQL function about what is not in the log: timers, detached steps."""
+"""One Python function for each SQL function about what is not in the log: timers, detached steps, dead letters."""
 
 from __future__ import annotations
 
@@ -95,3 +95,22 @@ def report_progress(connection: Connection, owner: int, progress: Mapping[str, s
             .fetchone()
         )
     return set(row[0].split("\n")) - {""} if row else set()
+
+
+def bury(tx: Connection, lines: Sequence[str], reasons: Sequence[str], details: Sequence[str]) -> None:
+    """Dead letters: envelopes with why each cannot go on and its details (JSON). In the transaction of their page."""
+    with translated():
+        plain_cursor(tx).execute(
+            "select durable.bury(%s, %s, %s)", ("\n".join(lines), "\n".join(reasons), "\n".join(details))
+        )
+
+
+def retry_dead_letter(
+    connection: Connection, workflow_id: str, *, state: str | None = None, seq: int | None = None
+) -> None:
+    """Take a stuck workflow up again, with another state (JSON) if one is given; ``seq``: the dead letter that is meant.
+
+    Raises UnknownWorkflow when there is none (any more), InputError.
+    """
+    with translated():
+        plain_cursor(connection).execute("select durable.retry_dead_letter(%s, %s, %s::int)", (workflow_id, state, seq))

@@ -199,6 +199,22 @@ def claim(
     return row[0] if row else None
 
 
+def rescue(
+    connection: Connection, shard: int, *, owner: int, lines_max: int, bytes_max: int, dead_interval: timedelta
+) -> str | None:
+    """The text of a page of a silent owner's window, now this owner's, or None. For whoever has a window of the shard open."""
+    with translated():
+        row = (
+            plain_cursor(connection)
+            .execute(
+                "select durable.rescue(%s::int, %s::bigint, %s::int, %s::int, %s::interval)",
+                (shard, owner, lines_max, bytes_max, dead_interval),
+            )
+            .fetchone()
+        )
+    return row[0] if row else None
+
+
 def page(connection: Connection, *, batch: int, owner: int, lines_max: int, bytes_max: int) -> str:
     """The next page of an open window. Raises BatchLost."""
     with translated():
@@ -246,25 +262,6 @@ def commit_page(
             " %s, %s::int[], %s, %s, %s)",
             (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), *_columns(outcomes)),
         )
-
-
-def bury(tx: Connection, lines: Sequence[str], reasons: Sequence[str], details: Sequence[str]) -> None:
-    """Dead letters: envelopes with why each cannot go on and its details (JSON). In the transaction of their page."""
-    with translated():
-        plain_cursor(tx).execute(
-            "select durable.bury(%s, %s, %s)", ("\n".join(lines), "\n".join(reasons), "\n".join(details))
-        )
-
-
-def retry_dead_letter(
-    connection: Connection, workflow_id: str, *, state: str | None = None, seq: int | None = None
-) -> None:
-    """Take a stuck workflow up again, with another state (JSON) if one is given; ``seq``: the dead letter that is meant.
-
-    Raises UnknownWorkflow when there is none (any more), InputError.
-    """
-    with translated():
-        plain_cursor(connection).execute("select durable.retry_dead_letter(%s, %s, %s::int)", (workflow_id, state, seq))
 
 
 def _columns(outcomes: Sequence[Outcome]) -> tuple[str | None, str | None, str | None]:
@@ -324,10 +321,14 @@ def abandon(connection: Connection, owner: int, *, suspects: int = 0) -> list[in
     return list(row[0]) if row else []
 
 
-def holdings(connection: Connection, owner: int) -> dict[int, int]:
+def holdings(connection: Connection, owner: int) -> list[tuple[int, int]]:
     """Shard and batch of this owner's open windows; waits for commits that were on their way when a connection was lost."""
     with translated():
-        return dict(plain_cursor(connection).execute("select shard, batch from durable.holdings(%s::bigint)", (owner,)))
+        return (
+            plain_cursor(connection)
+            .execute("select shard, batch from durable.holdings(%s::bigint)", (owner,))
+            .fetchall()
+        )
 
 
 def mark_suspect(connection: Connection, *, batch: int, owner: int, done: str) -> int:

@@ -47,8 +47,8 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
 def read_meters(connection: Connection, *, pids: Iterable[int], thread_id: int) -> Reading:
     """Look at the meters. ``pids``: the cluster's children; ``thread_id``: the thread of this process that supervises them."""
     tasks = [f"self/task/{thread_id}", *(str(pid) for pid in pids)]
-    servers = _server_pids(connection)
-    cpu_s = {task: _cpu_s(task) for task in [*tasks, *map(str, servers)]} if servers else {}
+    servers = server_pids(connection)
+    cpu_s = {task: processor_s(task) for task in [*tasks, *map(str, servers)]} if servers else {}
     row = connection.execute("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn").fetchone()
     assert row is not None
     return Reading(at_s=time.perf_counter(), wal_bytes=int(row[0]), cpu_s=cpu_s)
@@ -64,7 +64,7 @@ def span_between(begin: Reading, end: Reading) -> Span:
     )
 
 
-def _server_pids(connection: Connection) -> list[int]:
+def server_pids(connection: Connection) -> list[int]:
     """The cluster's backends and the server's own processes (WAL writer, checkpointer, …); none if they are elsewhere."""
     if _comm(connection.info.backend_pid) != "postgres":
         return []
@@ -82,7 +82,7 @@ def _comm(pid: int) -> str:
         return ""
 
 
-def _cpu_s(task: str) -> float:
+def processor_s(task: str) -> float:
     """utime and stime of a process, or of a task of this one, in seconds; zero for one that has gone."""
     try:
         fields = Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()
@@ -202,21 +202,22 @@ def idle_xids_per_s(connection: Connection, *, seconds: float) -> float:
     """Transaction ids consumed a second while the cluster sleeps. A span in which autovacuum worked is measured again."""
     await_sleep(connection)
     for _ in range(IDLE_TRIES_MAX):
-        begin, vacuums = _xid(connection), _vacuums(connection)
+        begin, before = xid(connection), vacuums(connection)
         time.sleep(seconds)
-        end = _xid(connection)
-        if _vacuums(connection) == vacuums:
+        end = xid(connection)
+        if vacuums(connection) == before:
             return (end - begin) / seconds
     raise StageError("autovacuum never rests on this server, so idle transaction ids cannot be told; measure again")
 
 
-def _xid(connection: Connection) -> int:
+def xid(connection: Connection) -> int:
+    """The next transaction id of the server."""
     row = connection.execute("select pg_snapshot_xmax(pg_current_snapshot())::text::bigint").fetchone()
     assert row is not None
     return int(row[0])
 
 
-def _vacuums(connection: Connection) -> object:
+def vacuums(connection: Connection) -> object:
     """What autovacuum has done; never equal while it is doing something."""
     return connection.execute(
         "select sum(autovacuum_count + autoanalyze_count),"

@@ -90,7 +90,9 @@ def parser() -> Parser:
 
     demo = command("demo", "take 830 real orders through a cluster and reconcile the books")
     demo.add_argument("--times", type=_between(1, 10_000), default=1, metavar="N", help="so many copies of every order")
-    demo.add_argument("--chaos", action="store_true", help="kill consumers at work, stop others for a while, and kill the local Postgres twice")
+    demo.add_argument(
+        "--chaos", action="store_true", help="kill consumers at work, stop others, kill the local Postgres twice"
+    )
     _add_shards(demo)
     _add_log_level(demo, default="error")
     return top

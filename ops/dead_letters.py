@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import psycopg
 
-from durable_cluster import schema, statements
+from durable_cluster import schema, side_statements
 from durable_cluster.app import App
 from durable_cluster.context import short_id
 from durable_cluster.envelope import encode
@@ -99,10 +99,10 @@ def retry(terminal: Terminal, target: Target, *, prefix: str, state: str | None,
     with target.opened(app=app) as database, _connected(database) as connection:
         workflow_id, letter = _known(connection, digits)
         if state is None:
-            statements.retry_dead_letter(connection, workflow_id)
+            side_statements.retry_dead_letter(connection, workflow_id)
         else:
             payload = _payload(app, letter, value)
-            statements.retry_dead_letter(connection, workflow_id, state=payload, seq=letter.seq)
+            side_statements.retry_dead_letter(connection, workflow_id, state=payload, seq=letter.seq)
     short = short_id(workflow_id)
     edited = "" if state is None else " with the edited state"
     terminal.answer(Done(done=1, id=short), [f"{short}  {letter.workflow} goes on in step '{letter.step}'{edited}"])

@@ -1,4 +1,4 @@
-"""``demo``: a cluster of its own on a fresh database, the orders through it, and with ``--chaos`` its consumers killed at work.
+"""``demo``: a cluster of its own on a fresh database, the orders through it, and with ``--chaos`` violence while they go.
 
 The supervisor has this process's main thread, because signals go there; the load, the watch and the books have another.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
+from functools import partial
 
+import msgspec
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
@@ -16,13 +19,17 @@ from psycopg.errors import InsufficientPrivilege, ObjectInUse
 from durable_cluster import schema
 from durable_cluster.database import connect
 from durable_cluster.errors import DatabaseError, DurableError
-from durable_cluster.ops.chaos import Chaos
-from durable_cluster.ops.demo import Standing, checked_times, run_demo
+from durable_cluster.examples.orders.carrier import CarrierError
+from durable_cluster.examples.orders.carrier_stub import carrier_process
+from durable_cluster.ops.chaos import Chaos, Havoc
+from durable_cluster.ops.demo import checked_times, run_demo
+from durable_cluster.ops.demo_watch import Standing
 from durable_cluster.ops.reconcile import Reconciliation
 from durable_cluster.ops.running import registered
 from durable_cluster.ops.start import EXAMPLES, LOG_FORMAT
 from durable_cluster.ops.target import Database, Target
 from durable_cluster.ops.terminal import Terminal
+from durable_cluster.pidfile import read_pidfile
 from durable_cluster.settings import Settings
 from durable_cluster.shards.messages import ClusterConfig
 from durable_cluster.shards.supervisor import Supervisor
@@ -30,6 +37,8 @@ from durable_cluster.shards.supervisor import Supervisor
 DATABASE = "durable_demo"
 MARK = "made by durable-cluster demo, which drops it"
 LEAVE_S = 2.0
+# Stopped consumers are to be replaced, and the same places killed, far more often than in anybody's life.
+UNDER_CHAOS = {"dead_interval_s": 3.0, "restarts_max": 1_000}
 
 
 class DemoStopped(DurableError):
@@ -46,27 +55,53 @@ def demo(
         layout = shards or schema.DEFAULT_SHARDS
         dsn = fresh_database(database, shards=layout)
         terminal.note(f"{database.name}: database '{DATABASE}' made anew, {layout} shards")
+        settings = msgspec.structs.replace(Settings(), **UNDER_CHAOS) if is_chaotic else Settings()
         config = ClusterConfig(
-            dsn=dsn, app=EXAMPLES, shards=layout, consumers_per_shard=1, settings=Settings(), log_level=log_level
+            dsn=dsn, app=EXAMPLES, shards=layout, consumers_per_shard=1, settings=settings, log_level=log_level
         )
-        books = Performance(terminal, config, times=times, is_chaotic=is_chaotic).run()
+        with carrier_process() as carrier:
+            show = Performance(terminal, config, times=times, carrier=carrier)
+            if is_chaotic:
+                show.let_loose(partial(postmaster_of, target, database))
+            books = show.run()
     return 0 if books.is_exact else 1
+
+
+def postmaster_of(target: Target, database: Database) -> int | str | None:
+    """The process id of the demo's own server, None while it has none, or why it must not be killed."""
+    if not database.is_local:
+        return "it is not the demo's own (--dsn)"
+    with database.connect("demo") as connection:
+        row = connection.execute(
+            "select count(*) from pg_stat_activity where backend_type = 'client backend' and datname <> %s"
+            " and pid <> pg_backend_pid()",
+            (DATABASE,),
+        ).fetchone()
+    if row is not None and row[0]:
+        return f"others use the {database.name} too"
+    found = read_pidfile(target.data / "pgdata")
+    return None if found is None else found.pid
 
 
 class Performance:
     """One run of the demo: the supervisor here, everything else in a thread beside it."""
 
-    def __init__(self, terminal: Terminal, config: ClusterConfig, *, times: int, is_chaotic: bool) -> None:
+    def __init__(self, terminal: Terminal, config: ClusterConfig, *, times: int, carrier: str) -> None:
         self._terminal = terminal
         self._dsn = config.dsn
         self._times = times
+        self._carrier = carrier
         self._is_up = threading.Event()
         self._is_over = threading.Event()
         self._is_closing = False
         self._supervisor = Supervisor(config, on_up=lambda _: self._is_up.set())
-        self._chaos = Chaos(self._supervisor, config.dsn) if is_chaotic else None
+        self._chaos: Chaos | None = None
         self._books: Reconciliation | None = None
         self._error: Exception | None = None
+
+    def let_loose(self, postmaster: Callable[[], int | str | None]) -> None:
+        """Do violence to it while it runs; see ``Chaos``."""
+        self._chaos = Chaos(self._supervisor, self._dsn, postmaster)
 
     def run(self) -> Reconciliation:
         """The books. Raises what kept the demo from being through."""
@@ -91,11 +126,18 @@ class Performance:
             self._is_up.wait()
             self._demand_running()
             self._books = run_demo(
-                self._terminal, self._dsn, times=self._times, on_standing=self._stand, before_books=self._close
+                self._terminal,
+                self._dsn,
+                times=self._times,
+                carrier=self._carrier,
+                on_standing=self._stand,
+                before_books=self._close,
             )
-        except (DurableError, psycopg.Error, OSError) as error:
+        except (DurableError, CarrierError, psycopg.Error, OSError) as error:
             self._error = error
         finally:
+            if self._chaos is not None:
+                self._chaos.close()
             if not self._is_over.is_set():
                 self._supervisor.stop()
 
@@ -104,14 +146,17 @@ class Performance:
         if self._chaos is not None:
             self._chaos.strike(standing.ended / max(1, standing.total), standing.elapsed_s)
 
-    def _close(self) -> None:
+    def _close(self) -> Havoc | None:
         """The books want to be still: the cluster ends before they are read."""
         self._is_closing = True
+        havoc = None
         if self._chaos is not None:
-            self._terminal.note(self._chaos.told())
+            havoc = self._chaos.finish()
+            self._terminal.note(havoc.told())
             self._chaos.close()
         self._supervisor.stop()
         self._is_over.wait()
+        return havoc
 
     def _demand_running(self) -> None:
         if self._is_over.is_set():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
@@ -10,8 +12,10 @@ import msgspec
 import psycopg
 
 from durable_cluster.examples.orders import northwind
+from durable_cluster.examples.orders.carrier import Ledger
 from durable_cluster.examples.orders.flows import Order
 from durable_cluster.examples.orders.northwind import Figures
+from durable_cluster.ops.chaos import Havoc
 
 CENT = Decimal("0.01")
 SETTLE_S = 1.5
@@ -20,14 +24,50 @@ SETTLE_S_MAX = 15.0
 COPY_OF_REF = "substring(l.order_ref from '^[0-9]+-([0-9]{3,9})$')::int"
 COPY_OF_KEY = "substring(s.key from '^order-[0-9]+-([0-9]{3,9})$')::int"
 
+COPY_IN_REF = re.compile(r"^[0-9]+-([0-9]{3,9})$", re.ASCII)
+
 Connection = psycopg.Connection[Any]
+
+
+class Letters(msgspec.Struct, frozen=True, kw_only=True):
+    """Dead letters of orders: how many there were, for which reason, and how many were retried."""
+
+    found: int = 0
+    by_attempts: int = 0
+    by_crashes: int = 0
+    retried: int = 0
+
+    def told(self) -> str:
+        """For people."""
+        others = self.found - self.by_attempts - self.by_crashes
+        reasons = [f"{self.by_attempts} raised each time", f"{self.by_crashes} ended their process each time"]
+        reasons += [f"{others} for other reasons"] * bool(others)
+        return f"{self.found} orders were dead letters ({', '.join(reasons)})"
+
+
+class Parcels(msgspec.Struct, frozen=True, kw_only=True):
+    """The carrier's ledger beside the orders' outputs.
+
+    ``twice``: orders with more than one booking; ``off``: finished orders whose tracking number is not that of their booking.
+    ``calls``, ``repeats`` (with a key that had booked), ``slow``, ``errors`` and ``hangs``: how the carrier behaved.
+    """
+
+    booked: int
+    twice: int
+    off: int
+    calls: int
+    repeats: int
+    slow: int
+    errors: int
+    hangs: int
 
 
 class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
     """Expected and found.
 
     ``steps``: of all orders and restocks, vain tries too. ``rows_changed``: rows updated and deleted in each table of ours that
-    has any, since the database was made.
+    has any, since the database was made; unknown (None) when the server was killed meanwhile, for its counters went with it.
+    ``letters_expected``: dead letters that there had to be. ``havoc``: what was done to the cluster, if anything.
     """
 
     times: int
@@ -44,8 +84,12 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
     workflows_failed: int
     restocks: int
     steps: int
-    rows_changed: dict[str, int]
-    rows_changed_per_step: float
+    rows_changed: dict[str, int] | None
+    rows_changed_per_step: float | None
+    parcels: Parcels
+    letters_expected: int
+    letters: Letters
+    havoc: Havoc | None
 
 
 class _Ends(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,28 +118,46 @@ class _Ledger(msgspec.Struct, frozen=True, kw_only=True):
     lost: int
 
 
-def reconcile(connection: Connection, times: int, *, settle_s: float = SETTLE_S) -> Reconciliation:
-    """Compare ledger, stock and workflows with ``times`` copies of every order in the files. Reads whole tables.
+def reconcile(
+    connection: Connection,
+    times: int,
+    *,
+    ledger: Ledger,
+    poisoned: int = 0,
+    letters: Letters | None = None,
+    havoc: Havoc | None = None,
+    settle_s: float = SETTLE_S,
+) -> Reconciliation:
+    """Compare ledger, stock, parcels and workflows with ``times`` copies of every order in the files. Reads whole tables.
 
-    Of a database that holds more copies the first ``times`` are compared; stock, restocks and steps are everybody's.
-    Waits until the counts of changed rows stand still for ``settle_s``, because a backend reports them up to a second late.
+    ``ledger``: the carrier's; ``poisoned``: how many orders had to be dead letters; ``letters``: those that were; ``havoc``: what
+    was done to the cluster. Of a database that holds more copies the first ``times`` are compared; stock, restocks and steps are
+    everybody's. Waits until the counts of changed rows stand still for ``settle_s``, because a backend reports them up to a second
+    late.
     """
     orders = northwind.orders()
     expected = northwind.figures(orders, times=times)
     ends = _ends(connection, times)
-    ledger = _ledger(connection, orders, times=times, finished=ends.orders)
+    charged = _ledger(connection, orders, times=times, finished=ends.orders)
     stock = _stock(connection)
-    changed = settled_row_changes(connection, settle_s=settle_s)
-    is_clean = not (ledger.off or ledger.twice or ledger.lost or ends.failed or stock.backordered or stock.unaccounted)
+    parcels = _parcels(connection, ledger, times=times)
+    letters = letters or Letters()
+    is_known = havoc is None or not havoc.server_kills
+    changed = settled_row_changes(connection, settle_s=settle_s) if is_known else None
+    wrong = [
+        *(charged.off, charged.twice, charged.lost, ends.failed, stock.backordered, stock.unaccounted),
+        *(parcels.booked != expected.orders, parcels.twice, parcels.off),
+        *(letters.found != poisoned, letters.retried != poisoned, stock.lowest < 0),
+    ]
     return Reconciliation(
         times=times,
-        is_exact=ledger.found == expected and is_clean and stock.lowest >= 0,
+        is_exact=charged.found == expected and not any(wrong),
         expected=expected,
-        found=ledger.found,
-        net_total=money(ledger.found.net),
-        orders_off=ledger.off,
-        lines_charged_twice=ledger.twice,
-        lines_lost=ledger.lost,
+        found=charged.found,
+        net_total=money(charged.found.net),
+        orders_off=charged.off,
+        lines_charged_twice=charged.twice,
+        lines_lost=charged.lost,
         stock_min=stock.lowest,
         units_backordered=stock.backordered,
         units_unaccounted=stock.unaccounted,
@@ -103,13 +165,17 @@ def reconcile(connection: Connection, times: int, *, settle_s: float = SETTLE_S)
         restocks=ends.restocks,
         steps=ends.steps,
         rows_changed=changed,
-        rows_changed_per_step=round(sum(changed.values()) / max(1, ends.steps), 6),
+        rows_changed_per_step=None if changed is None else round(sum(changed.values()) / max(1, ends.steps), 6),
+        parcels=parcels,
+        letters_expected=poisoned,
+        letters=letters,
+        havoc=havoc,
     )
 
 
 def block(books: Reconciliation) -> list[str]:
     """The reconciliation as aligned lines for people. Money is rounded here, once."""
-    expected, found = books.expected, books.found
+    expected, found, parcels, letters = books.expected, books.found, books.parcels, books.letters
     rows: list[tuple[str, object, object]] = [
         ("orders finished", expected.orders, found.orders),
         ("ledger lines", expected.lines, found.lines),
@@ -122,22 +188,35 @@ def block(books: Reconciliation) -> list[str]:
         ("stock below zero", 0, min(0, books.stock_min)),
         ("units still on back-order", 0, books.units_backordered),
         ("units taken, not charged", 0, books.units_unaccounted),
+        ("parcels booked", expected.orders, parcels.booked),
+        ("parcels booked twice", 0, parcels.twice),
+        ("tracking numbers that differ", 0, parcels.off),
+        ("dead letters found", books.letters_expected, letters.found),
+        ("dead letters retried", books.letters_expected, letters.retried),
         ("workflows failed", 0, books.workflows_failed),
     ]
     lines = [f"  {'':29}  {'expected':>16}  {'found':>16}"]
     for what, should, does in rows:
         lines.append(f"{'✓' if should == does else '✗'} {what:29}  {_shown(should):>16}  {_shown(does):>16}")
-    changed = ", ".join(
-        f"{table} {rows:,}" for table, rows in sorted(books.rows_changed.items(), key=lambda of: -of[1])
-    )
     lines += [
         "",
         f"  {books.steps:,} steps; {books.restocks:,} restocks; the lowest stock is {books.stock_min:,} units",
-        f"  {books.rows_changed_per_step:.4f} rows updated or deleted per step ({changed or 'none'})",
+        f"  the carrier was called {parcels.calls:,} times: {parcels.slow:,} slow answers, {parcels.errors:,} errors,"
+        f" {parcels.hangs:,} never answered; {parcels.repeats:,} calls were for parcels it had booked",
+        f"  {_changes(books)}",
         "",
         "✓ every figure is exact" if books.is_exact else "✗ the books do not balance",
     ]
     return lines
+
+
+def _changes(books: Reconciliation) -> str:
+    if books.rows_changed is None:
+        return "rows updated or deleted are not known: Postgres counts anew after a crash"
+    changed = ", ".join(
+        f"{table} {rows:,}" for table, rows in sorted(books.rows_changed.items(), key=lambda of: -of[1])
+    )
+    return f"{books.rows_changed_per_step:.4f} rows updated or deleted per step ({changed or 'none'})"
 
 
 def money(amount: Decimal) -> str:
@@ -188,6 +267,32 @@ def _stock(connection: Connection) -> _Stock:
         " from orders.stock s",
     )
     return _Stock(lowest=lowest, backordered=backordered, unaccounted=unaccounted)
+
+
+def _parcels(connection: Connection, ledger: Ledger, *, times: int) -> Parcels:
+    bookings = [booking for booking in ledger.bookings if _is_copy(booking.order_ref, times)]
+    booked = {booking.order_ref: booking.tracking for booking in bookings}
+    shipped = connection.execute(
+        "select f.output::json ->> 'order_ref', f.output::json ->> 'tracking'"
+        " from durable.finished f join durable.started s on s.id = f.id and s.day = f.day"
+        f" where s.workflow = 'order' and f.status = 'completed' and {COPY_OF_KEY} <= %s".encode(),
+        (times,),
+    ).fetchall()
+    return Parcels(
+        booked=len(bookings),
+        twice=sum(times > 1 for times in Counter(booking.order_ref for booking in bookings).values()),
+        off=sum(booked.get(ref) != tracking for ref, tracking in shipped),
+        calls=ledger.calls,
+        repeats=ledger.repeats,
+        slow=ledger.slow,
+        errors=ledger.errors,
+        hangs=ledger.hangs,
+    )
+
+
+def _is_copy(order_ref: str, times: int) -> bool:
+    found = COPY_IN_REF.match(order_ref)
+    return found is not None and int(found[1]) <= times
 
 
 def _ledger(connection: Connection, orders: list[Order], *, times: int, finished: int) -> _Ledger:

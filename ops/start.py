@@ -19,7 +19,8 @@ from durable_cluster.ops.target import Database, Target
 from durable_cluster.ops.terminal import BadUsage, Terminal
 from durable_cluster.settings import Settings
 from durable_cluster.shards.messages import ClusterConfig
-from durable_cluster.shards.supervisor import Supervisor, resident_memory_mib
+from durable_cluster.shards.process import resident_memory_mib
+from durable_cluster.shards.supervisor import Supervisor
 
 EXAMPLES = "durable_cluster.examples.orders.flows:app"
 LOG_FORMAT = "%(asctime)s %(processName)s %(levelname)s %(message)s"

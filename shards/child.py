@@ -6,7 +6,9 @@ import ctypes
 import logging
 import os
 import random
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -50,6 +52,10 @@ class Orders:
     def __init__(self, pipe: Connection, settings_grace_s: float) -> None:
         self.pipe = pipe
         self.is_stopping = False
+        # A signal only ends a poll that also waits for this: Python goes on with any other where it was.
+        self._signalled, self._signal = socket.socketpair()
+        for end in (self._signalled, self._signal):
+            end.setblocking(False)
         self._grace_s = settings_grace_s
         self._lock = threading.Lock()
         self._beat_at = 0.0
@@ -59,6 +65,23 @@ class Orders:
         """The handler of SIGTERM: only notes it, and lets the alarm end a process that a step keeps from looking."""
         self.is_stopping = True
         signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+
+    @property
+    def wakeups(self) -> list[int]:
+        """What becomes readable when the supervisor speaks or a signal comes."""
+        return [self.pipe.fileno(), self._signalled.fileno()]
+
+    def listen_to_signals(self) -> None:
+        """From now on SIGTERM is an order to stop."""
+        signal.set_wakeup_fd(self._signal.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self.stop)
+
+    def pause(self, seconds: float) -> None:
+        """Until something is heard, or the time is over."""
+        poll = select.poll()
+        for descriptor in self.wakeups:
+            poll.register(descriptor, select.POLLIN)
+        poll.poll(seconds * 1000)
 
     def say(self, message: Ready | Beat | Broken) -> None:
         """Tell the supervisor; its end being gone means that it is gone, and so are we."""
@@ -98,7 +121,7 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
     orders = Orders(pipe, config.settings.drain_grace_s)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held since before the spawn
-    signal.signal(signal.SIGTERM, orders.stop)
+    orders.listen_to_signals()
     if not _dies_with(supervisor_pid):
         return
     try:
@@ -145,7 +168,7 @@ def _consumer(config: ClusterConfig, shard: int, orders: Orders) -> Callable[[],
             except CONNECTION_LOST as error:
                 logger.warning("shard %d: the connection is lost (%s)", shard, _first_line(error))
                 losses = [*restarts.recent(losses, now=time.monotonic(), window_s=LOSSES_WINDOW_S), time.monotonic()]
-                orders.pipe.poll(restarts.pause_s(len(losses), chance=random.random()))
+                orders.pause(restarts.pause_s(len(losses), chance=random.random()))
                 _reconnect(consumer, config, orders)
         consumer.close(grace_s=config.settings.drain_grace_s * GRACE_OF_DETACHED)
 
@@ -168,7 +191,7 @@ def _consume(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
             last_work = time.monotonic()
         else:
             orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=every_s)
-            may_have_work = consumer.wait(time.monotonic() - last_work, [orders.pipe.fileno()])
+            may_have_work = consumer.wait(time.monotonic() - last_work, orders.wakeups)
         if consumer.owner != owner:
             owner = consumer.owner
             orders.say(Ready(owner))
@@ -192,7 +215,7 @@ def _reconnect(consumer: Consumer, config: ClusterConfig, orders: Orders) -> Non
             return
         except (ConnectionFailed, *CONNECTION_LOST):
             orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=config.settings.heartbeat_s / 2)
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            orders.pause(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(RECONNECT_S_MAX, pause_s * 2)
 
 
@@ -212,7 +235,7 @@ def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
                 if current.broken:
                     current.close()
             orders.say(Beat(0, False, 0))
-            orders.pipe.poll(config.settings.maintenance_s * random.uniform(0.8, 1.2))
+            orders.pause(config.settings.maintenance_s * random.uniform(0.8, 1.2))
             orders.heard()
         current.close()
 

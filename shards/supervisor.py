@@ -13,13 +13,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import resource
 import signal
 import socket
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -39,6 +37,7 @@ logger = logging.getLogger("durable_cluster.supervisor")
 
 LOOP_S_MAX = 0.25
 RECONNECT_S = 1.0
+STOPPED_S = 5.0  # no round of the loop takes so long
 OUTSIDE_PAUSE_S_MAX = 1.0  # whoever was ended from outside will not end the same way for it
 
 
@@ -61,6 +60,7 @@ class Place:
         self.heard_at = 0.0
         self.deaths: list[float] = []
         self.adopted: list[int] = []
+        self.released: set[int] = set()
         self.is_hanging = False
         self.is_stood_in_for = False
 
@@ -92,6 +92,7 @@ class Supervisor:
         self._on_up = on_up
         self._signals = 0
         self._deadline: float | None = None
+        self._checked_at = time.monotonic()
         self._heartbeat_at = 0.0
         self._reconnect_at = 0.0
 
@@ -161,8 +162,9 @@ class Supervisor:
             self._wakeup_read.recv(64)
         for place in self._places:
             if place.child is not None:
+                has_ended = place.child.exitcode is not None  # asked first: what it said before it ended is heard
                 self._hear(place)
-                if place.child.exitcode is not None:
+                if has_ended:
                     self._reap(place)
 
     def _is_over(self) -> bool:
@@ -188,6 +190,10 @@ class Supervisor:
                 self._is_up(place, message.owner)
             elif isinstance(message, Beat):
                 place.is_holding, place.steps = message.is_holding, message.steps
+                if (
+                    message.owner and message.owner not in place.owners
+                ):  # it came back under new bits and lost its connection
+                    place.owners.append(message.owner)
             elif isinstance(message, Broken):
                 if not place.deaths:
                     raise ClusterStopped(f"{place.name} cannot start: {message.reason}")
@@ -209,6 +215,7 @@ class Supervisor:
             if sibling is not place and place.shard in sibling.adopted and sibling.child is not None:
                 assert place.shard is not None
                 sibling.adopted.remove(place.shard)
+                sibling.released.add(place.shard)
                 sibling.child.tell(Release(place.shard))
 
     # Dying.
@@ -241,11 +248,16 @@ class Supervisor:
         for shard in {place.shard, *place.adopted} - {None}:
             assert shard is not None
             self._find_adopter(shard)
-        place.adopted = []
+        # Windows of these it may not have read to their end, and their own consumers are busy with others.
+        for shard in place.released - {place.shard, *place.adopted}:
+            self._find_adopter(shard, is_brief=True)
+        place.adopted, place.released = [], set()
 
     def _is_of_its_own(self, place: Place, code: int | None) -> bool:
         kills, before = endings.out_of_memory_kills(), self._out_of_memory_kills
         self._out_of_memory_kills = kills
+        if self._signals and code == 0:
+            return False  # it was told to go, and went
         return endings.is_of_its_own(code, was_hanging=place.is_hanging, was_out_of_memory=kills > before)
 
     def _abandon(self, place: Place, *, is_at_fault: bool) -> None:
@@ -254,27 +266,42 @@ class Supervisor:
         self._to_abandon += [(owner, suspects) for owner in place.owners]
         place.owners = []
 
-    def _find_adopter(self, shard: int) -> bool:
+    def _find_adopter(self, shard: int, *, is_brief: bool = False) -> bool:
         """Have the least burdened living consumer read a shard whose windows are free now; its own sibling first.
 
-        Whether one is up.
+        One that may still have a window of the shard open comes late. ``is_brief``: for one window, beside the shard's own
+        consumer. Whether one is up.
         """
         living = [
             place for place in self._places if place.is_up and place.shard is not None and not place.is_stood_in_for
         ]
         if not living:
             return False
-        adopter = min(living, key=lambda place: (place.shard != shard, len(place.adopted), place.is_holding))
+        adopter = min(
+            living,
+            key=lambda place: (
+                (place.shard == shard) is is_brief,
+                shard in place.released,
+                len(place.adopted),
+                place.is_holding,
+            ),
+        )
         assert adopter.child is not None
-        if adopter.shard != shard and shard not in adopter.adopted:
-            adopter.adopted.append(shard)
         adopter.child.tell(Adopt(shard))
+        if is_brief and shard not in adopter.adopted:
+            adopter.released.add(shard)
+            adopter.child.tell(Release(shard))
+        elif adopter.shard != shard and shard not in adopter.adopted:
+            adopter.adopted.append(shard)
         return True
 
     def _check_hangs(self, now: float) -> None:
+        passed_s, self._checked_at = now - self._checked_at, now
         for place in self._places:
             if place.child is None or place.child.exitcode is not None:
                 continue
+            if passed_s > STOPPED_S:
+                place.heard_at += passed_s  # this process was stopped, and so perhaps was the child
             silent_s = now - place.heard_at
             if not place.is_ready and not place.deaths and silent_s > self._settings.boot_timeout_s:
                 raise ClusterStopped(f"{place.name} did not start within {self._settings.boot_timeout_s:.0f} s")
@@ -282,7 +309,7 @@ class Supervisor:
             if silent_s > limit_s:
                 what = "hangs" if place.is_ready else "does not start"
                 logger.error("%s %s: silent for %.0f s; it is killed", place.name, what, silent_s)
-                place.is_hanging = place.is_ready and not place.child.is_frozen
+                place.is_hanging = place.is_ready and not place.is_stood_in_for and not place.child.is_frozen
                 place.child.kill()
                 place.heard_at = float("inf")
 
@@ -320,12 +347,14 @@ class Supervisor:
 
     def _stand_in_for(self, place: Place, now: float) -> None:
         """A stopped process is silent: once that is long enough, a sibling takes its work over, until it is heard again."""
-        is_silent = now - place.heard_at > self._settings.dead_interval_s
-        if is_silent and place.shard is not None and not place.is_stood_in_for:
-            place.is_stood_in_for = True
-            place.is_stood_in_for = all(self._find_adopter(shard) for shard in (place.shard, *place.adopted))
-            if place.is_stood_in_for:
-                logger.warning("%s is stopped (SIGSTOP): a sibling reads its shard", place.name)
+        if place.shard is None or now - place.heard_at <= self._settings.dead_interval_s:
+            return
+        if not place.is_stood_in_for:
+            logger.warning("%s is stopped (SIGSTOP): siblings read its shards", place.name)
+        place.is_stood_in_for = True
+        read = {shard for other in self._places if other.is_up for shard in other.adopted if other is not place}
+        for shard in {place.shard, *place.adopted} - read:
+            self._find_adopter(shard)
 
     def _flush_abandoned(self) -> None:
         """Set the windows of dead owners free; whoever still holds such a row is asked about again in the next round."""
@@ -360,15 +389,3 @@ class Supervisor:
 
         signal.set_wakeup_fd(self._wakeup_write.fileno(), warn_on_full_buffer=False)
         return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-
-def resident_memory_mib(pids: list[int]) -> float:
-    """The sum of the processes' resident memory, in MiB (Linux; elsewhere this process's peak)."""
-    total_kib = 0
-    for pid in pids:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
-        except OSError:
-            continue
-        total_kib += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")), 0)
-    return (total_kib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024

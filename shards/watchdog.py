@@ -18,6 +18,7 @@ from durable_cluster.shards.endings import EXIT_HUNG
 logger = logging.getLogger("durable_cluster.watchdog")
 
 LOOK_S = 0.5
+LOOK_S_MAX = 2.0
 
 
 class Watchdog(threading.Thread):
@@ -32,15 +33,20 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Look twice a second, for as long as the process lives."""
         seen: Task | None = None
-        since = 0.0
+        lasted, looked_at = 0.0, time.monotonic()
         while True:
             time.sleep(LOOK_S)
+            now = time.monotonic()
+            # Time through which this process did not live, because somebody had stopped it, is no hang.
+            passed, looked_at = min(now - looked_at, LOOK_S_MAX), now
             task = self._consumer.inline
+            if task is not None:
+                self._on_look()
             if task is None or task is not seen:
-                seen, since = task, time.monotonic()
+                seen, lasted = task, 0.0
                 continue
-            self._on_look()
-            if time.monotonic() - since > task.step.timeout_s + self._grace_s:
+            lasted += passed
+            if lasted > task.step.timeout_s + self._grace_s:
                 end_process(task)
 
 

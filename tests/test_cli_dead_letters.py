@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from durable_cluster import statements
+from durable_cluster import side_statements, statements
 from durable_cluster.ops.cli import main
 
 FLOWS = """
@@ -103,7 +103,7 @@ def bury(
         )
     lines = [f'{{"w":"{one}","n":3,"f":"{workflow}","s":"{step}","v":1,"d":{state},"a":5}}' for one in ids]
     details = msgspec.json.encode({"reason": message, "traceback": "Traceback:\n  in charge"}).decode()
-    statements.bury(conn, lines, [reason] * number, [details] * number)
+    side_statements.bury(conn, lines, [reason] * number, [details] * number)
     return ids
 
 

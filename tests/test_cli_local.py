@@ -48,3 +48,24 @@ def test_start_alone_runs_the_examples_on_a_local_database_that_keeps_its_data(t
     assert refused.returncode == 1
     assert "laid out for 1 shards, not 2" in refused.stderr
     assert "reshard" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_stays_exact_while_its_consumers_and_its_postgres_are_killed(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("DURABLE_DSN", "DURABLE_DATA")}
+    done = subprocess.run(
+        [*COMMAND, "demo", "--chaos", "--times", "5", "--json"],
+        cwd=tmp_path,
+        env=env,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    books = msgspec.json.decode(done.stdout)
+    assert books["is_exact"] is True
+    assert books["found"]["orders"] == books["parcels"]["booked"] == 5 * 830
+    assert books["havoc"]["server_kills"] == 2, done.stderr
+    assert books["havoc"]["stops_woken"] >= 1, done.stderr
+    assert books["rows_changed"] is None, "Postgres counts anew after a crash"

@@ -1,6 +1,7 @@
 """A real process is killed with SIGKILL at every point of a step's path, once; the ledger then says what the model says.
 
-The points are armed in the consumers' processes alone, by the module that holds their app, through an environment variable.
+The points are armed in the consumers' processes alone, by the module that holds their app, through an environment variable
+that this process sets after it has loaded that module itself.
 """
 
 from __future__ import annotations
@@ -88,17 +89,18 @@ def claim_and_die(*args, claim=statements.claim, **options):
     return text
 
 
-statements.claim = claim_and_die
-around(Handoff, "commit", before="between the phases")
-around(statements, "fence", after="after the fence")
-around(side_statements, "schedule", after="after a timer was set")
-around(side_statements, "detach", after="after a step was detached")
-around(statements, "bury", after="after a dead letter was written")
-around(statements, "commit_page", after="before the commit")
-around(Handoff, "_hand_on", after="after the commit")
-around(side_statements, "sweep", before="before a sweep", after="after a sweep")
-around(side_statements, "complete_detached", after="after a detached row was deleted")
-around(Handoff, "complete", after="after a detached step was handed on")
+if POINT:
+    statements.claim = claim_and_die
+    around(Handoff, "commit", before="between the phases")
+    around(statements, "fence", after="after the fence")
+    around(side_statements, "schedule", after="after a timer was set")
+    around(side_statements, "detach", after="after a step was detached")
+    around(side_statements, "bury", after="after a dead letter was written")
+    around(statements, "commit_page", after="before the commit")
+    around(Handoff, "_hand_on", after="after the commit")
+    around(side_statements, "sweep", before="before a sweep", after="after a sweep")
+    around(side_statements, "complete_detached", after="after a detached row was deleted")
+    around(Handoff, "complete", after="after a detached step was handed on")
 
 
 @chain.step(start=True)

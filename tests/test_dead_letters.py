@@ -26,6 +26,7 @@ from durable_cluster import (
     UnknownWorkflow,
     WorkflowFailed,
     WorkflowStuck,
+    side_statements,
     statements,
 )
 
@@ -88,7 +89,7 @@ def only_started(conn: psycopg.Connection, machine: Machine, count: int = 1) -> 
 
 
 def bury(conn: psycopg.Connection, *lines: str, reason: str = "attempts", details: str = DETAILS) -> None:
-    statements.bury(conn, list(lines), [reason] * len(lines), [details] * len(lines))
+    side_statements.bury(conn, list(lines), [reason] * len(lines), [details] * len(lines))
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def only_started_at(conn: psycopg.Connection, machine: Machine, number: int) -> 
 def test_details_that_cannot_be_read_are_a_reason_and_stop_no_page(conn: psycopg.Connection, machine: Machine) -> None:
     handles = only_started(conn, machine, 4)
     details = ['{"reason":"\\u0000"}', "not json", "[1]", "{}"]
-    statements.bury(conn, [line(one) for one in handles], ["given_up"] * 4, details)
+    side_statements.bury(conn, [line(one) for one in handles], ["given_up"] * 4, details)
     told = [msgspec.json.decode((statements.outcome(conn, one.id) or ("", ""))[1]) for one in handles]
     assert [one["reason"] for one in told] == ['{"reason":"\\u0000"}', "not json", "[1]", "unknown"]
     assert all((one["step"], one["seq"], one["attempt"]) == ("charge", 3, 1) for one in told)
@@ -209,7 +210,7 @@ def test_a_dead_letter_without_a_known_reason_and_details_is_refused(
     stuck: Handle, conn: psycopg.Connection, reasons: list[str], details: list[str], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        statements.bury(conn, [line(stuck, seq=9)], reasons, details)
+        side_statements.bury(conn, [line(stuck, seq=9)], reasons, details)
     assert count(conn, "dead_letter") == 1
 
 
@@ -259,7 +260,7 @@ def test_a_retry_hands_the_state_on_as_it_was_whatever_json_it_is(
 
 @pytest.mark.parametrize("state", ANY_JSON, ids=lambda state: state[:12])
 def test_an_edited_state_is_handed_on_as_it_was_given(stuck: Handle, conn: psycopg.Connection, state: str) -> None:
-    statements.retry_dead_letter(conn, stuck.id, state=state)
+    side_statements.retry_dead_letter(conn, stuck.id, state=state)
     assert logged(conn) == [line(stuck, state, seq=4, more=',"a":6,"g":5')]
 
 
@@ -284,7 +285,7 @@ def test_an_edited_state_that_does_not_fit_is_named_with_field_and_value_and_not
         assert all(part in str(caught.value) for part in parts), caught.value
     for payload in ("{", "", '"' + "x" * 300_000 + '"'):
         with pytest.raises(InputError):
-            statements.retry_dead_letter(conn, stuck.id, state=payload)
+            side_statements.retry_dead_letter(conn, stuck.id, state=payload)
     assert continuations(conn) == (0, 1, 0)
 
 
@@ -292,7 +293,7 @@ def test_an_edited_state_reaches_no_other_step_than_it_was_checked_against(
     stuck: Handle, conn: psycopg.Connection
 ) -> None:
     with pytest.raises(UnknownWorkflow):
-        statements.retry_dead_letter(conn, stuck.id, state="1", seq=4)
+        side_statements.retry_dead_letter(conn, stuck.id, state="1", seq=4)
     assert continuations(conn) == (0, 1, 0)
 
 
@@ -337,7 +338,7 @@ def test_what_is_no_dead_letter_any_more_is_said_and_nothing_changes(
 
 def test_a_retry_that_is_rolled_back_has_not_happened(stuck: Handle, dsn: str, conn: psycopg.Connection) -> None:
     with psycopg.connect(dsn) as tx:
-        statements.retry_dead_letter(tx, stuck.id)
+        side_statements.retry_dead_letter(tx, stuck.id)
         tx.rollback()
     assert continuations(conn) == (0, 1, 0)
 

@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from durable_cluster import premises
+from durable_cluster import premises, schema
 from durable_cluster.embedded import EmbeddedPostgres, is_locked, open_lock, pauses
 from durable_cluster.errors import EmbeddedError
 from durable_cluster.pidfile import read_pidfile
@@ -250,6 +250,16 @@ def test_a_killed_postgres_comes_back_at_the_same_place_with_its_data(home: Path
         finally:
             if is_running(orphan):
                 os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_killed_postgres_gives_no_number_twice_that_the_schema_has_given_out(home: Path) -> None:
+    with EmbeddedPostgres(home) as server:
+        with psycopg.connect(server.dsn, autocommit=True) as connection:
+            schema.install(connection, shards=2)
+            used = [connection.execute("select pgque.consumer_id(%s)", (f"c{n}",)).fetchone() for n in range(12)]
+        os.kill(postmaster_pid(home), signal.SIGKILL)
+        until(lambda: answer(server.dsn, "select true"), "the keeper restarts it")
+        assert (run(server.dsn, "select pgque.consumer_id('a new one')"),) not in used
 
 
 def spin(dsn: str) -> int:

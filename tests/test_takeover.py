@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -247,3 +248,24 @@ def test_members_of_the_dead_are_swept_once_they_hold_no_window(
     assert "dead" not in [name for (name,) in conn.execute(members)]
     until_idle(living)
     assert len(RUNS) == 100
+
+
+def test_a_silent_window_is_taken_over_while_the_taker_has_one_of_its_own_open(
+    dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
+) -> None:
+    app = counting(dsn)
+    machine = app.workflow("count")
+    first, second = consume(app), consume(app)
+    left = machine.start_many(list(range(50)))
+    one_page(first)
+    mine = machine.start_many(list(range(3000)))
+    one_page(second)
+    statements.abandon(conn, first.owner)
+    deadline = time.monotonic() + 20
+    while not all(handle.status() == "completed" for handle in left):
+        assert time.monotonic() < deadline
+        one_page(second)
+    assert not all(handle.status() == "completed" for handle in mine), "its own windows are still open"
+    until_idle(second)
+    assert {handle.status() for handle in [*left, *mine]} == {"completed"}
+    assert set(RUNS.values()) == {1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from importlib.resources import files
@@ -12,9 +13,11 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster.examples.orders.flows import Line, Order
+from durable_cluster.examples.orders.flows import Line, Order, Poison
 
 PREPARE_LOCK = 0x6F72_6465_7273  # "orders": one at a time makes the tables
+POISON_SEED = 830
+POISONS: tuple[Poison, ...] = ("raises", "raises", "raises", "crashes", "crashes")
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +59,16 @@ def copies(times: int) -> Iterator[Order]:
     for copy in range(1, times + 1):
         for original in originals:
             yield msgspec.structs.replace(original, ref=f"{original.ref}-{copy:03}")
+
+
+def poisoned(times: int) -> dict[str, Poison]:
+    """A handful among ``times`` copies of every order, by ref, and what is wrong with each; the same at every call."""
+    originals = orders()
+    chosen = random.Random(POISON_SEED).sample(range(len(originals) * times), len(POISONS))
+    return {
+        f"{originals[index % len(originals)].ref}-{index // len(originals) + 1:03}": poison
+        for index, poison in zip(chosen, POISONS, strict=True)
+    }
 
 
 def figures(of: Iterable[Order], *, times: int = 1) -> Figures:
@@ -100,6 +113,14 @@ def prepare(connection: psycopg.Connection[Any]) -> None:
                 [int(row["units_in_stock"]) for row in products],
             ),
         )
+
+
+def name_carrier(connection: psycopg.Connection[Any], address: str) -> None:
+    """From now on parcels are booked there."""
+    connection.execute(
+        "insert into orders.carrier (address) values (%s) on conflict (is_one) do update set address = excluded.address",
+        (address,),
+    )
 
 
 def _rows(name: str) -> Iterator[dict[str, str]]:

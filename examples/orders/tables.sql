@@ -34,6 +34,12 @@ create table if not exists orders.ledger (
     primary key (order_ref, line)
 );
 
+-- Where the carrier's API is: no row for a shop that has none.
+create table if not exists orders.carrier (
+    is_one boolean primary key default true check (is_one),
+    address text not null
+);
+
 -- orders.lock_stock(): one transaction at a time takes from the stock; the lock ends with it.
 -- Up to a hundred orders share one commit, and together they touch every product. Locking rows in product order keeps two
 -- orders apart, but not two commits of a hundred orders each: tried, they deadlocked for ever. One lock before all cannot.

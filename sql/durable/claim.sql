@@ -63,6 +63,23 @@ begin
 end
 $$;
 
+-- durable.rescue(shard, owner, lines, bytes, dead): what silent processes left: their detached steps are free for all; the page of a
+-- window of the shard that was taken over, or null. Also asked while the caller has a window open: it does not tick.
+create or replace function durable.rescue(i_shard int, i_owner bigint, i_lines int, i_bytes int, i_dead interval) returns text
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_silent bigint;
+begin
+    if durable.has_silent_lease(i_dead) then
+        perform durable.requeue_silent(i_dead);
+    end if;
+    v_silent := durable.take_over(i_shard, i_owner, i_dead);
+    return case when v_silent is not null then durable.page(v_silent, i_owner, i_lines, i_bytes) end;
+end
+$$;
+
 -- durable.claim(…): the first page of an open or a new window of the shard, for one consumer; null when there is nothing.
 --   i_member   the consumer's name as the engine's subconsumer (registered before; see durable.join_shard)
 --   i_owner    64 random bits of this process incarnation: the fence's other half
@@ -80,7 +97,7 @@ declare
     v_queue text;
     v_queue_id int;
     v_batch record;
-    v_silent bigint;
+    v_rescued text;
     v_owner bigint;
 begin
     perform durable.demand_read_committed();
@@ -93,12 +110,9 @@ begin
     end if;
 
     if i_dead is not null then
-        if durable.has_silent_lease(i_dead) then
-            perform durable.requeue_silent(i_dead);
-        end if;
-        v_silent := durable.take_over(i_shard, i_owner, i_dead);
-        if v_silent is not null then
-            return durable.page(v_silent, i_owner, i_lines, i_bytes);
+        v_rescued := durable.rescue(i_shard, i_owner, i_lines, i_bytes, i_dead);
+        if v_rescued is not null then
+            return v_rescued;
         end if;
     end if;
 

@@ -116,6 +116,9 @@ as $$
 declare
     v_rows int;
 begin
+    -- The lost connection may still be taking steps: that holds the lease, and only after it is all there to be seen.
+    insert into durable.lease as l (owner, active) values (i_owner, durable.now())
+    on conflict (owner) do update set active = excluded.active;
     update durable.detached d set owner = 0, is_alone = false
     where d.owner = i_owner and durable.hex(d.id) || ':' || d.seq <> all (string_to_array(i_keys, E'\n'));
     get diagnostics v_rows = row_count;
@@ -132,12 +135,13 @@ as $$
 declare
     v_rows int;
 begin
+    -- First, in a statement of its own: a process that died while it was taking steps still holds its lease until they are its own.
+    delete from durable.lease l where l.owner = i_owner;
     update durable.detached d
     set owner = 0, is_alone = false,
         crashes = d.crashes + (i_has_crashed and (d.is_alone or not i_is_culprit_known))::int
     where (d.id, d.seq) in (select x.id, x.seq from durable.detached x where x.owner = i_owner order by x.id, x.seq for update);
     get diagnostics v_rows = row_count;
-    delete from durable.lease l where l.owner = i_owner;
     if v_rows > 0 then
         perform pg_notify(durable.queue_of(i.shard), '') from durable.idle i;
     end if;
