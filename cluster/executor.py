@@ -166,9 +166,9 @@ def dead_letter(envelope: Envelope, kind: str, reason: str, *, trace: str | None
     return DeadLetter(envelope, kind, _said_of(envelope, reason, trace))
 
 
-def crashed(envelope: Envelope, times: int) -> DeadLetter:
-    """A step that was running alone so many times when its process died."""
-    reason = f"the process died {times} times while step '{envelope.step}' ran alone; see the cluster's log for how"
+def crashed(envelope: Envelope, times: int, what: str = "the process died") -> DeadLetter:
+    """A step that was running alone so many times when its process died, or what else happened."""
+    reason = f"{what} {times} times while step '{envelope.step}' ran alone; see the cluster's log for how"
     return dead_letter(envelope, "crashes", reason)
 
 

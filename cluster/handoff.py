@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,11 +83,17 @@ class Handoff:
 
     def __init__(self, connection: psycopg.Connection[Any], settings: Settings) -> None:
         self._connection = connection
+        self._breaks: Counter[str] = Counter()
+        self._breaks_max = settings.max_crashes
         self._bytes_max = settings.page_bytes_max
         self._group_max = settings.transactional_steps_max
         self._group = self._group_max
         self._timeout_s = settings.step_timeout_s
         self._on_task: Callable[[Task | None], None] = lambda _: None
+
+    def use(self, connection: psycopg.Connection[Any]) -> None:
+        """Go on with a new connection."""
+        self._connection = connection
 
     def commit(
         self,
@@ -215,6 +222,10 @@ class Handoff:
         """Run one transactional step. Raises StepFailed, or Conflict where it is nobody's fault."""
         assert isinstance(task, Task)
         row_factory, cursor_factory = self._connection.row_factory, self._connection.cursor_factory
+        key = task.envelope.key
+        if self._breaks[key] >= self._breaks_max:
+            result = executor.crashed(task.envelope, self._breaks[key], "the connection was lost")
+            raise StepFailed(index, result)
         context = executor.context_of(task, self._connection)
         self._on_task(task)
         self._connection.is_of_a_step = True  # type: ignore[attr-defined]
@@ -225,6 +236,7 @@ class Handoff:
             if any(isinstance(cause, NOBODYS_FAULT) for cause in _causes(error)):
                 raise Conflict from error
             if self._connection.broken:
+                self._breaks[key] += 1
                 raise
             is_late = any(isinstance(cause, QueryCanceled) for cause in _causes(error))
             raise _failed(task, index, executor.timed_out(task) if is_late else error, context) from error

@@ -161,7 +161,7 @@ class PageRunner:
     def use(self, connection: psycopg.Connection[Any]) -> None:
         """Go on with a new connection."""
         self._connection = connection
-        self._handoff = Handoff(connection, self._settings)
+        self._handoff.use(connection)
 
     def took(self, run: Run) -> None:
         """A detached step has ended: if it was quick after all, the next of its kind is waited for again."""

@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+import psycopg
 from multiprocess.connection import Connection
 
 from durable_cluster import telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import CONNECTION_LOST, connect_worker
-from durable_cluster.errors import ConnectionFailed, DurableError
+from durable_cluster.errors import ConnectionFailed, DatabaseError, DurableError
 from durable_cluster.loading import load_app
 from durable_cluster.shards import maintenance, restarts
-from durable_cluster.shards.endings import EXIT_BROKEN, EXIT_CANNOT_BOOT
+from durable_cluster.shards.endings import EXIT_BROKEN, EXIT_CANNOT_BOOT, EXIT_FAILED
 from durable_cluster.shards.messages import (
     Adopt,
     Beat,
@@ -133,10 +134,11 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
         sys.exit(EXIT_CANNOT_BOOT)
     try:
         run()
-    except Exception:
+    except Exception as error:
         logger.exception("this process cannot go on; it is started again")
         logging.shutdown()
-        os._exit(EXIT_BROKEN)  # whatever its threads still do
+        is_of_the_database = isinstance(error, (psycopg.Error, DatabaseError))
+        os._exit(EXIT_BROKEN if is_of_the_database else EXIT_FAILED)  # whatever its threads still do
     signal.setitimer(signal.ITIMER_REAL, 0)
     if tracing is not None:
         tracing.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+EXIT_FAILED = 1
 EXIT_CANNOT_BOOT = 3
 EXIT_HUNG = 4
 EXIT_BROKEN = 5

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from durable_cluster import App, Settings, WorkflowStuck, statements
+from durable_cluster import App, Context, Continuation, Settings, WorkflowStuck, statements
 from durable_cluster.loading import load_app
 from durable_cluster.shards import endings
 
@@ -281,3 +281,47 @@ def test_what_a_window_is_left_with_after_the_death_of_its_process(
     )
     statements.abandon(conn, 7, suspects=suspects)
     assert conn.execute("select suspects, crashes from durable.win").fetchone() == found
+
+
+def test_a_marked_line_of_the_page_is_the_culprit_and_not_the_step_that_ran_alone_beside_it(
+    conn: psycopg.Connection,
+) -> None:
+    conn.execute("select durable.detach(0, '7', %s, '{}', '0')", (f"{'0' * 32}:1",))
+    conn.execute("update durable.detached set is_alone = true, crashes = 1")
+    conn.execute(
+        "insert into durable.win (batch, shard, owner, s0, s1, active, suspects, crashes) select b, 0, 7,"
+        " pg_current_snapshot(), pg_current_snapshot(), now(), b - 1, b - 1 from generate_series(1, 2) b"
+    )
+    statements.abandon(conn, 7, suspects=9)
+    assert conn.execute("select crashes from durable.detached").fetchall() == [(1,)]
+    assert conn.execute("select suspects, crashes from durable.win order by batch").fetchall() == [(0, 0), (1, 1)]
+
+
+def test_a_transactional_step_that_ends_its_own_session_again_and_again_is_a_dead_letter(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    from durable_cluster.consumer import Consumer
+
+    app = App("severing", dsn=dsn, settings=Settings(max_crashes=2))
+    machine = app.machine("sever", state=int)
+
+    @machine.step(start=True, transactional=True)
+    def severs(ctx: Context, n: int) -> Continuation:
+        if n == 3:
+            ctx.tx.execute("select pg_terminate_backend(pg_backend_pid())")
+        return ctx.done(n)
+
+    handles = machine.start_many(list(range(6)))
+    consumer = Consumer(dsn, 0, app.machines, app.settings)
+    consumer.shards = [0, 1]
+    losses = 0
+    while any(handle.status() == "running" for handle in handles):
+        try:
+            consumer.work(lambda: False, lambda: None) or consumer.wait(0)
+        except psycopg.OperationalError:
+            losses += 1
+            assert losses < 10
+            consumer.reconnect()
+    consumer.close()
+    assert [handle.status() for handle in handles] == ["completed"] * 3 + ["stuck"] + ["completed"] * 2
+    assert losses == 2

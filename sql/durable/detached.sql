@@ -126,20 +126,21 @@ begin
 end
 $$;
 
--- durable.hand_back(owner, suspects_known, crashed): the steps of a process that is gone, or goes, may be taken by others. After a
--- crash the one that ran alone has crashed once more; if none did and nobody else is known to be at fault, all are suspects.
-create or replace function durable.hand_back(i_owner bigint, i_is_culprit_known boolean, i_has_crashed boolean) returns int
+-- durable.hand_back(owner, is_at_fault): the steps of a process that is gone, or goes, may be taken by others. If the process may have
+-- died of one of them, the one that ran alone has crashed once more; if none did, all are suspects.
+create or replace function durable.hand_back(i_owner bigint, i_is_at_fault boolean) returns int
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
+    v_is_one_alone boolean := exists (select from durable.detached d where d.owner = i_owner and d.is_alone);
     v_rows int;
 begin
     -- First, in a statement of its own: a process that died while it was taking steps still holds its lease until they are its own.
     delete from durable.lease l where l.owner = i_owner;
     update durable.detached d
     set owner = 0, is_alone = false,
-        crashes = d.crashes + (i_has_crashed and (d.is_alone or not i_is_culprit_known))::int
+        crashes = d.crashes + (i_is_at_fault and (d.is_alone or not v_is_one_alone))::int
     where (d.id, d.seq) in (select x.id, x.seq from durable.detached x where x.owner = i_owner order by x.id, x.seq for update);
     get diagnostics v_rows = row_count;
     if v_rows > 0 then
@@ -169,6 +170,6 @@ begin
     select l.owner into v_owner from durable.lease l
     where l.active < durable.now() - i_dead and exists (select from durable.detached d where d.owner = l.owner)
     order by l.active limit 1 for update skip locked;
-    return case when found then durable.hand_back(v_owner, false, false) else 0 end;
+    return case when found then durable.hand_back(v_owner, false) else 0 end;
 end
 $$;

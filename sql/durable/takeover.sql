@@ -65,26 +65,26 @@ $$;
 
 -- durable.abandon(owner, suspects): the supervisor's word that this process is gone: its windows and detached steps are free at
 -- once. Shards whose windows that concerns. Waits for a commit the dead process may have had in flight.
---   i_suspects  lines of a page, if the process died of itself: then what it ran becomes suspect, unless it was running a suspect
---               alone, which is the culprit. 0 for a process that was ended from outside: that makes nobody a suspect.
+--   i_suspects  lines of a page, if the process died of itself: then what it ran becomes suspect. A line that was marked as running
+--               alone is the culprit; without one, a detached step that ran alone is blamed, and the lines of the page are suspects
+--               beside it. 0 for a process that was ended from outside: that makes nobody a suspect.
 create or replace function durable.abandon(i_owner bigint, i_suspects int default 0) returns int[]
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
-    v_is_known boolean := exists (select from durable.win w where w.owner = i_owner and w.crashes > 0)
-        or exists (select from durable.detached d where d.owner = i_owner and d.is_alone);
+    v_is_marked boolean := exists (select from durable.win w where w.owner = i_owner and w.crashes > 0);
     v_shards int[];
 begin
     with gone as (
         update durable.win w
         set active = '-infinity',
             suspects = case when i_suspects > 0 and w.crashes > 0 then greatest(w.suspects, 1)
-                            when i_suspects > 0 and not v_is_known then i_suspects else w.suspects end,
+                            when i_suspects > 0 and not v_is_marked then i_suspects else w.suspects end,
             crashes = case when i_suspects > 0 then w.crashes else greatest(w.crashes - 1, 0) end
         where w.owner = i_owner returning w.shard)
     select coalesce(array_agg(distinct g.shard), '{}') into v_shards from gone g;
-    perform durable.hand_back(i_owner, v_is_known, i_suspects > 0);
+    perform durable.hand_back(i_owner, i_suspects > 0 and not v_is_marked);
     return v_shards;
 end
 $$;
