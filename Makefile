@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos)
 
 test: $(READY)
-	$(BIN)/pytest -n 2 -m "not slow" tests
+	$(BIN)/pytest -n 3 --dist worksteal -m "not slow" tests
 
 # The same tests on other servers: the wheel carries PostgreSQL 16 beside 18; 15 is the system's, where there is one.
 test-16: $(READY)

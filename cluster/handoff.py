@@ -224,8 +224,8 @@ class Handoff:
         row_factory, cursor_factory = self._connection.row_factory, self._connection.cursor_factory
         key = task.envelope.key
         if self._breaks[key] >= self._breaks_max:
-            result = executor.crashed(task.envelope, self._breaks[key], "the connection was lost")
-            raise StepFailed(index, result)
+            letter = executor.crashed(task.envelope, self._breaks[key], "the connection was lost")
+            raise StepFailed(index, letter)
         context = executor.context_of(task, self._connection)
         self._on_task(task)
         self._connection.is_of_a_step = True  # type: ignore[attr-defined]

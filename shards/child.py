@@ -42,6 +42,7 @@ logger = logging.getLogger("durable_cluster.child")
 RECONNECT_S_MIN = 0.1
 RECONNECT_S_MAX = 5.0
 GRACE_OF_DETACHED = 0.7
+PATIENCE_OF_BOOT = 0.5
 LOSSES_WINDOW_S = 60.0
 NEWS_OF_BEATS = 10
 PR_SET_PDEATHSIG = 1
@@ -127,7 +128,11 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
         return
     try:
         tracing = telemetry.configure("consumer" if shard is not None else "maintenance")
-        run = _consumer(config, shard, orders) if shard is not None else _maintenance(config, orders)
+        run = _booted(
+            lambda: _consumer(config, shard, orders) if shard is not None else _maintenance(config, orders),
+            orders,
+            limit_s=config.settings.boot_timeout_s * PATIENCE_OF_BOOT,
+        )
     except Exception as error:
         reason = str(error) if isinstance(error, DurableError) else f"{type(error).__name__}: {error}"
         orders.say(Broken(reason))
@@ -142,6 +147,18 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
     signal.setitimer(signal.ITIMER_REAL, 0)
     if tracing is not None:
         tracing.shutdown()
+
+
+def _booted(boot: Callable[[], Callable[[], None]], orders: Orders, *, limit_s: float) -> Callable[[], None]:
+    """What ``boot`` makes. A server that is away at this moment, as in a restart, is waited for."""
+    stop_at = time.monotonic() + limit_s
+    while True:
+        try:
+            return boot()
+        except (ConnectionFailed, *CONNECTION_LOST):
+            if orders.is_stopping or time.monotonic() > stop_at:
+                raise
+            orders.pause(random.uniform(RECONNECT_S_MIN, 2 * RECONNECT_S_MIN))
 
 
 def _dies_with(supervisor_pid: int) -> bool:

@@ -121,6 +121,7 @@ class Cluster:
         self.supervisor.stop()
         self._thread.join(30)
         assert not self._thread.is_alive()
+        assert self.error is None
 
     def _run(self) -> None:
         try:

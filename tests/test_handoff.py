@@ -148,7 +148,7 @@ def test_a_step_whose_sql_ends_the_transaction_fails_alone_and_repeats_nobodys_e
 ) -> None:
     machine = machine_with(dsn, on(2, act), dead_interval_s=1)
     handles = machine.start_many([1, 2, 3, 4])
-    machine.app.run(timeout=4)
+    machine.app.run(until_idle=True, timeout=20)
     assert [handle.status() for handle in handles] == ["completed", "stuck", "completed", "completed"]
     assert [n for n in effects(conn) if n != 2] == [1, 1, 3, 3, 4, 4]
 

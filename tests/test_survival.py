@@ -41,7 +41,8 @@ FIGURES = {
 }
 
 
-@pytest.mark.parametrize("name", [*sorted(set(TINY) - {"host"}), pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_each_measurement_reports_all_its_figures(name: str, server: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "durable_cluster.loadtest.survival", "--json", "--dsn", server, *TINY[name]],

@@ -258,7 +258,7 @@ def test_a_silent_window_is_taken_over_while_the_taker_has_one_of_its_own_open(
     first, second = consume(app), consume(app)
     left = machine.start_many(list(range(50)))
     one_page(first)
-    mine = machine.start_many(list(range(3000)))
+    mine = machine.start_many(list(range(400)))
     one_page(second)
     statements.abandon(conn, first.owner)
     deadline = time.monotonic() + 20

@@ -328,7 +328,7 @@ def weather(dsn: str, conn: Connection, clock: Callable[[float], None], *, secon
 def test_late_commits_aborted_sweeps_rotations_and_clock_steps_lose_no_timer_and_fire_none_twice_or_early(
     dsn: str, conn: Connection, clock: Callable[[float], None]
 ) -> None:
-    weather(dsn, conn, clock, seconds=8)
+    weather(dsn, conn, clock, seconds=5)
 
 
 @pytest.mark.slow
