@@ -84,7 +84,7 @@ def test_a_server_that_is_killed_and_comes_back_finds_its_cluster_again(
                 return False
 
         eventually(is_over, seconds=60, what="the end of every workflow")
-        with psycopg.connect(server.dsn) as connection:
+        with connected(server.dsn, eventually) as connection:
             rows = connection.execute("select n, p from ledger order by n, p").fetchall()
             assert rows == [(n, p) for n in range(40) for p in range(6)]
             assert connection.execute("select count(*) from durable.detached").fetchone() == (0,)
@@ -93,6 +93,21 @@ def test_a_server_that_is_killed_and_comes_back_finds_its_cluster_again(
     )
     assert said or is_early, "a lost connection is told"
     assert all(times <= 4 for times in said.values()), said
+
+
+def connected(dsn: str, eventually: Eventually) -> psycopg.Connection:
+    """A connection that has answered: a server that has just come back may end its first ones."""
+    made: list[psycopg.Connection] = []
+
+    def answers() -> bool:
+        try:
+            made.append(psycopg.connect(dsn))
+            return made[-1].execute("select true").fetchone() == (True,)
+        except psycopg.Error:
+            return False
+
+    eventually(answers, what="a connection")
+    return made[-1]
 
 
 def _answers(dsn: str) -> bool:
