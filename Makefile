@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TIMES ?= $(if $(CHAOS),200,1)
+TIMES ?= $(if $(CHAOS),20,1)
 
 .PHONY: demo test test-15 test-16 slow chaos survival mutants lint types loadtest clean
 

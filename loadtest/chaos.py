@@ -33,6 +33,7 @@ from durable_cluster.ops.terminal import Progress
 SHARDS = 8
 BOOKED_AT = (1, 3, 5, 7, 9)
 AT_ONCE = 60
+OPEN_MIN = 24
 ZOMBIES_MAX = 2
 LOOK_S = 0.05
 STRIKE_S = 0.5
@@ -115,12 +116,12 @@ class Run:
                 shown = ended + stuck
                 strikes = self.kills + self.stops
                 share = strikes / max(1, self._options.kills + self._options.stops)
-                # As many as the strikes have earned: then there is work until the last of them.
-                self._start(min(total, int(total * share) + AT_ONCE) if share < 1 else total)
-                if shown == total and share >= 1 and not self._zombies:
+                # As many as the strikes have earned, and always enough to be caught at; more than asked for, if need be.
+                self._start(max(int(total * share) + AT_ONCE, shown + OPEN_MIN) if share < 1 else total)
+                if shown >= total and shown == self._started and share >= 1 and not self._zombies:
                     return
                 now = time.monotonic()
-                end_at = now + END_S_MAX if end_at is None and share >= 1 and self._started == total else end_at
+                end_at = now + END_S_MAX if end_at is None and share >= 1 and self._started >= total else end_at
                 if end_at is not None and now > end_at:
                     return
                 if now >= strike_at and share < 1:
@@ -132,7 +133,7 @@ class Run:
                 time.sleep(LOOK_S)
 
     def _start(self, target: int) -> None:
-        numbers = range(self._started, min(target, self._started + AT_ONCE * 4))
+        numbers = range(self._started, min(target, self._started + AT_ONCE))
         if not numbers:
             return
         jobs = [Job(number, poison=self.poisoned.get(number, "")) for number in numbers]
@@ -187,7 +188,7 @@ class Run:
 
     def verdict(self, seconds: float) -> Verdict:
         """Read the ledger and the lifecycle."""
-        connection, total = self._connection, self._options.workflows
+        connection, total = self._connection, self._started
         completed = _count(connection, "select count(*) from durable.finished where status = 'completed'")
         dead = {
             key

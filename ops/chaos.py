@@ -56,7 +56,7 @@ class Havoc(msgspec.Struct, frozen=True, kw_only=True):
 
     def told(self) -> str:
         """For people."""
-        few = f" (the run was too short for {KILLS_MIN}, try --times 200)" if self.kills < KILLS_MIN else ""
+        few = f" (the run was too short for {KILLS_MIN}, try --times 20)" if self.kills < KILLS_MIN else ""
         server = f"killed Postgres {self.server_kills} times"
         if not self.server_kills:
             server = f"Postgres was not killed: {self.why_server_lives or 'the run was too short'}"
