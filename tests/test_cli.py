@@ -347,6 +347,7 @@ def test_ctrl_c_while_the_children_start_is_clean(dsn: str, home: Path, tmp_path
     assert err == "the cluster has stopped\n"
 
 
+@pytest.mark.slow
 def test_the_demo_reconciles_exactly_while_its_consumers_are_killed(server: str, home: Path, tmp_path: Path) -> None:
     cluster = Cluster(server, home)
     demo = cluster.ask("demo", "--chaos", "--shards", "2", "--json", "--data", str(tmp_path))

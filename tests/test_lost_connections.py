@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -58,6 +59,7 @@ def test_a_server_that_is_killed_and_comes_back_finds_its_cluster_again(
 ) -> None:
     (tmp_path / "surviving_flows.py").write_text(FLOWS)
     monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("surviving_flows", None)
     pg_bin = os.environ.get("DURABLE_PG_BIN")
     with EmbeddedPostgres(tmp_path / "pg", Path(pg_bin) if pg_bin else None) as server:
         with psycopg.connect(server.dsn, autocommit=True) as connection:

@@ -108,8 +108,13 @@ def app_of(flows: str, dsn: str) -> App:
     return app
 
 
-@pytest.mark.parametrize("machine", ["inline", "transactional", "beside"])
-@pytest.mark.parametrize("how", ["exit", "segfault", "hang"])
+@pytest.mark.parametrize(
+    ("machine", "how"),
+    [
+        *((machine, how) for machine in ("inline", "transactional", "beside") for how in ("exit", "hang")),
+        ("inline", "segfault"),
+    ],
+)
 def test_a_step_that_ends_its_process_is_a_dead_letter_and_its_neighbours_complete(
     dsn: str,
     conn: psycopg.Connection,
