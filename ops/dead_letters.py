@@ -29,7 +29,6 @@ WHY = {
     "given_up": "another attempt would not help",
     "crashes": "processes died while it ran",
     "unroutable": "no running code knows it",
-    "hung": "it did not end",
 }
 
 Connection = psycopg.Connection[Any]

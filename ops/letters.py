@@ -13,7 +13,7 @@ from durable_cluster.errors import translated
 
 Connection = psycopg.Connection[Any]
 
-REASONS = ("attempts", "given_up", "crashes", "unroutable", "hung")
+REASONS = ("attempts", "given_up", "crashes", "unroutable")
 AT_ONCE = 200  # a transaction: each may hold a payload
 
 

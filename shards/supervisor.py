@@ -190,9 +190,8 @@ class Supervisor:
                 self._is_up(place, message.owner)
             elif isinstance(message, Beat):
                 place.is_holding, place.steps = message.is_holding, message.steps
-                if (
-                    message.owner and message.owner not in place.owners
-                ):  # it came back under new bits and lost its connection
+                # Its Ready was never said if it lost its connection right after it had come back under new bits.
+                if message.owner and message.owner not in place.owners:
                     place.owners.append(message.owner)
             elif isinstance(message, Broken):
                 if not place.deaths:
@@ -266,17 +265,17 @@ class Supervisor:
         self._to_abandon += [(owner, suspects) for owner in place.owners]
         place.owners = []
 
-    def _find_adopter(self, shard: int, *, is_brief: bool = False) -> bool:
+    def _find_adopter(self, shard: int, *, is_brief: bool = False) -> None:
         """Have the least burdened living consumer read a shard whose windows are free now; its own sibling first.
 
         One that may still have a window of the shard open comes late. ``is_brief``: for one window, beside the shard's own
-        consumer. Whether one is up.
+        consumer.
         """
         living = [
             place for place in self._places if place.is_up and place.shard is not None and not place.is_stood_in_for
         ]
         if not living:
-            return False
+            return
         adopter = min(
             living,
             key=lambda place: (
@@ -293,7 +292,6 @@ class Supervisor:
             adopter.child.tell(Release(shard))
         elif adopter.shard != shard and shard not in adopter.adopted:
             adopter.adopted.append(shard)
-        return True
 
     def _check_hangs(self, now: float) -> None:
         passed_s, self._checked_at = now - self._checked_at, now

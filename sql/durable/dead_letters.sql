@@ -66,7 +66,7 @@ end
 $$;
 
 -- durable.bury(lines, reasons, details): dead letters from envelopes, in the transaction of their page. One of each a line.
--- Reasons: attempts, given_up, crashes, unroutable, hung. A line without an envelope's head belongs to no workflow and is dropped.
+-- Reasons: attempts, given_up, crashes, unroutable. A line without an envelope's head belongs to no workflow and is dropped.
 -- Tables: dead_letter (one row a line).
 create or replace function durable.bury(i_lines text, i_reasons text, i_details text) returns void
 language plpgsql security definer
@@ -81,8 +81,8 @@ begin
         raise exception '% dead letters with % reasons and % details; give one of each a line',
             cardinality(v_lines), cardinality(v_reasons), cardinality(v_details) using errcode = 'DC002';
     end if;
-    if not v_reasons <@ array['attempts', 'given_up', 'crashes', 'unroutable', 'hung'] then
-        raise exception 'a dead letter''s reason is attempts, given_up, crashes, unroutable or hung, not %', left(i_reasons, 80)
+    if not v_reasons <@ array['attempts', 'given_up', 'crashes', 'unroutable'] then
+        raise exception 'a dead letter''s reason is attempts, given_up, crashes or unroutable, not %', left(i_reasons, 80)
             using errcode = 'DC002';
     end if;
     insert into durable.dead_letter (id, seq, workflow, step, attempt, reason, details, line, at)
@@ -157,22 +157,6 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
     select distinct d.id from durable.dead_letter d
     where d.id between rpad(i_hex, 32, '0')::uuid and rpad(i_hex, 32, 'f')::uuid order by d.id limit 3
-$$;
-
--- durable.append_lines(ids, lines): step events of many workflows to their shards, in log entries of at most 1,000 lines and
--- about 1 MiB.
-create or replace function durable.append_lines(i_ids uuid[], i_lines text[]) returns void
-language sql volatile
-set search_path = pg_catalog, durable, pg_temp
-as $$
-    select durable.append(c.shard, c.lines, c.n::int) from (
-        select l.shard, string_agg(l.line, E'\n' order by l.row) lines, count(*) n from (
-            select s.shard, q.line, row_number() over w as row, sum(octet_length(q.line)) over w as bytes
-            from unnest(i_ids, i_lines) with ordinality q(id, line, o)
-            join durable.slot s on s.slot = durable.slot_of(q.id)
-            window w as (partition by s.shard order by q.o)) l
-        group by l.shard, (l.row - 1) / 1000, l.bytes / 1048576
-        order by l.shard) c
 $$;
 
 -- durable.no_dead_letter(id): raises DC003, the answer to whoever comes too late or asks for what never was.

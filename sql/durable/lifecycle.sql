@@ -55,6 +55,22 @@ begin
 end
 $$;
 
+-- durable.append_lines(ids, lines): step events of many workflows to their shards, in log entries of at most 1,000 lines and
+-- about 1 MiB.
+create or replace function durable.append_lines(i_ids uuid[], i_lines text[]) returns void
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select durable.append(c.shard, c.lines, c.n::int) from (
+        select l.shard, string_agg(l.line, E'\n' order by l.row) lines, count(*) n from (
+            select s.shard, q.line, row_number() over w as row, sum(octet_length(q.line)) over w as bytes
+            from unnest(i_ids, i_lines) with ordinality q(id, line, o)
+            join durable.slot s on s.slot = durable.slot_of(q.id)
+            window w as (partition by s.shard order by q.o)) l
+        group by l.shard, (l.row - 1) / 1000, l.bytes / 1048576
+        order by l.shard) c
+$$;
+
 -- durable.start(…): one workflow, in the caller's transaction, at any isolation level.
 --   i_after  how long until its first step is delivered; it counts as started at once
 -- Result: the id (whole: this is the one answer that gives it) and whether it is new; the same key gives the same workflow.
@@ -158,15 +174,9 @@ begin
         return query select q.i, q.n from unnest(v_ids, v_new) with ordinality q(i, n, o) order by q.o;
         return;
     end if;
-    perform durable.append(c.shard, c.lines, c.n::int) from (
-        select l.shard, string_agg(l.line, E'\n') lines, count(*) n from (
-            select s.shard, t.line, row_number() over w as row, sum(octet_length(t.line)) over w as bytes
-            from (select q.i, q.o, durable.line(q.i, 1, i_workflow, i_step, i_version, q.d) line
-                  from unnest(v_ids, v_inputs, v_new) with ordinality q(i, d, is_new, o) where q.is_new) t
-            join durable.slot s on s.slot = durable.slot_of(t.i)
-            window w as (partition by s.shard order by t.o)) l
-        group by l.shard, (l.row - 1) / 1000, l.bytes / 1048576
-        order by l.shard) c;
+    perform durable.append_lines(array_agg(q.i order by q.o),
+            array_agg(durable.line(q.i, 1, i_workflow, i_step, i_version, q.d) order by q.o))
+    from unnest(v_ids, v_inputs, v_new) with ordinality q(i, d, is_new, o) where q.is_new;
     return query select q.i, q.n from unnest(v_ids, v_new) with ordinality q(i, n, o) order by q.o;
 end
 $$;

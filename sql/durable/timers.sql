@@ -209,15 +209,9 @@ begin
             select w.id, w.seq from durable.wait w where w.id = l.workflow_id and w.seq = l.seq for update skip locked) w
     ), resumed as (
         delete from durable.wait w using held h where w.id = h.id and w.seq = h.seq returning w.id, w.due, w.line
-    ), lines as (
-        select s.shard, l.line, row_number() over o as row, sum(octet_length(l.line)) over o as bytes
-        from (select f.workflow_id, f.due, f.line from fired f where f.line is not null union all select * from resumed) l(id, due, line)
-        join durable.slot s on s.slot = durable.slot_of(l.id)
-        window o as (partition by s.shard order by l.due, l.id)
     ), appended as materialized (
-        select durable.append(c.shard, c.lines, c.n::int)
-        from (select l.shard, string_agg(l.line, E'\n' order by l.row) lines, count(*) n from lines l
-              group by l.shard, (l.row - 1) / 1000, l.bytes / 1048576 order by l.shard, min(l.row)) c
+        select durable.append_lines(array_agg(l.id order by l.due, l.id), array_agg(l.line order by l.due, l.id))
+        from (select f.workflow_id, f.due, f.line from fired f where f.line is not null union all select * from resumed) l(id, due, line)
     ), busy as (
         -- A set difference, which is hashed: an anti-join would be a loop in a loop here.
         select w.id, w.seq from (select l.workflow_id, l.seq from long l except select h.id, h.seq from held h) l cross join lateral (
