@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TIMES ?= $(if $(CHAOS),20,1)
 
-.PHONY: demo test test-15 test-16 slow chaos survival mutants lint types loadtest clean
+.PHONY: demo test test-15 test-16 slow chaos survival bench bench-smoke mutants lint types loadtest clean
 
 demo: $(READY)
 	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos)
@@ -32,6 +32,14 @@ chaos: $(READY)
 # limit. Some ten minutes on an idle machine; NAMES="page host" measures only those.
 survival: $(READY)
 	$(BIN)/python -m durable_cluster.loadtest.survival $(NAMES)
+
+# The gates of the hot path that are ratios and counts, in under 90 s; `durable-cluster bench` measures everything.
+bench-smoke: $(READY)
+	$(BIN)/python -m durable_cluster.loadtest.bench.smoke
+
+bench: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[loadtest]'
+	$(BIN)/durable-cluster bench $(if $(QUICK),--quick)
 
 mutants: $(READY)
 	$(BIN)/python tests/run_mutants.py

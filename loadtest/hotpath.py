@@ -13,7 +13,10 @@ alone, on all that is logged by then, for the latency of a step.
 
 Keys of the answer, beside what their names say:
     p_rows_per_s            P: INSERT … SELECT of the same lines, one a row, into a table like the log's, between the rounds
+    copy_rows_per_s         the same rows into the same table by COPY from this process
     heap_rows_per_s         the same into a bare heap without an index (no log, but the least that storing them costs)
+    floor_us_per_step       CPU of a bare loop that decodes such a line, runs the handler and encodes the next line
+    rotations               how often a log was rotated while the rounds ran; it is set to every ten seconds here
     cpu_us_per_step         user and system time of consumers, supervisor, their backends and the server's own processes,
                             over the rounds; null if the server is on another machine
     wal_bytes_per_step      WAL written over the rounds, whatever it was written for
@@ -39,7 +42,7 @@ import msgspec
 from durable_cluster.database import connect
 from durable_cluster.errors import DurableError
 from durable_cluster.loadtest import measure, stage, workloads
-from durable_cluster.loadtest.measure import Connection, Span
+from durable_cluster.loadtest.measure import Connection, Limits, Span
 
 ROUNDS = 5
 P_SHARE = 0.5
@@ -51,6 +54,8 @@ LONE_STEPS_A_SECOND = 100
 LONE_STEPS_MIN = 200
 IDLE_SHARE = 0.5
 IDLE_S_MIN = 2.0
+ROTATION_S = 10.0
+DEFAULT_ROTATION_S = 600.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +63,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     steps_per_s: float
     p_rows_per_s: float
+    copy_rows_per_s: float
     heap_rows_per_s: float
     p_ratio: float
+    floor_us_per_step: float
+    rotations: int
     cpu_us_per_step: float | None
     wal_bytes_per_step: float
     payload_bytes: float
@@ -101,7 +109,11 @@ class Hotpath:
         warm_up = self._round(self._processes * WARM_UP_WORKFLOWS_A_PROCESS)
         say(f"warm-up: {warm_up.steps_per_s:,.0f} steps/s")
         payload_bytes = measure.prepare_yardstick(self._connection)
-        rounds, p_rows_per_s, heap_rows_per_s = self._rounds(warm_up, seconds=seconds / ROUNDS)
+        measure.set_rotation(self._connection, period_s=ROTATION_S)
+        rotations = measure.rotations(self._connection)
+        rounds, limits = self._rounds(warm_up, seconds=seconds / ROUNDS)
+        rotations = measure.rotations(self._connection) - rotations
+        measure.set_rotation(self._connection, period_s=DEFAULT_ROTATION_S)
         changed = measure.settled_changed_rows(self._connection, finished=self._workflows) - changed_before
         changed_per_step = changed / (self._workflows * workloads.STEPS)
         idle_xids_per_s = measure.idle_xids_per_s(self._connection, seconds=max(IDLE_S_MIN, seconds * IDLE_SHARE))
@@ -114,9 +126,12 @@ class Hotpath:
         cpu_s = [one.span.cpu_s for one in rounds if one.span.cpu_s is not None]
         return Report(
             steps_per_s=round(steps_per_s, 1),
-            p_rows_per_s=round(p_rows_per_s, 1),
-            heap_rows_per_s=round(heap_rows_per_s, 1),
-            p_ratio=round(steps_per_s / p_rows_per_s, 4),
+            p_rows_per_s=round(limits.p_rows_per_s, 1),
+            copy_rows_per_s=round(limits.copy_rows_per_s, 1),
+            heap_rows_per_s=round(limits.heap_rows_per_s, 1),
+            p_ratio=round(steps_per_s / limits.p_rows_per_s, 4),
+            floor_us_per_step=round(measure.floor_us_per_step(self._connection), 2),
+            rotations=rotations,
             cpu_us_per_step=round(sum(cpu_s) / steps * 1e6, 2) if len(cpu_s) == len(rounds) else None,
             wal_bytes_per_step=round(sum(one.span.wal_bytes for one in rounds) / steps, 1),
             payload_bytes=round(payload_bytes, 1),
@@ -131,19 +146,18 @@ class Hotpath:
             git_commit=git_commit(),
         )
 
-    def _rounds(self, warm_up: Round, *, seconds: float) -> tuple[list[Round], float, float]:
-        """Five rounds of about so many seconds each, sized by the one before; the medians of P and of the heap between them."""
-        rounds, p_rows, heap_rows = [warm_up], [], []
+    def _rounds(self, warm_up: Round, *, seconds: float) -> tuple[list[Round], Limits]:
+        """Five rounds of about so many seconds each, sized by the one before, and the limits between them."""
+        rounds, limits = [warm_up], []
         for number in range(1, ROUNDS + 1):
             workflows = int(rounds[-1].steps_per_s * seconds / workloads.STEPS)
             rounds.append(self._round(min(WORKFLOWS_MAX, max(WORKFLOWS_MIN, workflows))))
-            p_rows.append(measure.p_rows_per_s(self._connection, seconds=seconds * P_SHARE))
-            heap_rows.append(measure.heap_rows_per_s(self._connection, seconds=seconds * P_SHARE))
+            limits.append(measure.limits(self._connection, seconds=seconds * P_SHARE))
             say(
                 f"round {number} of {ROUNDS}: {rounds[-1].steps_per_s:,.0f} steps/s in {rounds[-1].span.seconds:.1f} s,"
-                f" P {p_rows[-1]:,.0f} rows/s"
+                f" P {limits[-1].p_rows_per_s:,.0f} rows/s"
             )
-        return rounds[1:], median(p_rows), median(heap_rows)
+        return rounds[1:], measure.median_limits(limits)
 
     def _round(self, workflows: int) -> Round:
         """Load a backlog, and measure from its commit until it is drained."""
@@ -177,6 +191,22 @@ class Hotpath:
             raise stage.StageError(
                 f"{self._workflows:,} workflows were started and {row and row[0]:,} completed: see 'durable-cluster list'"
             )
+
+
+def measured(
+    server: str | None, *, seconds: float, processes: int = 4, shards: int = 4, is_asynchronous: bool = False
+) -> Report:
+    """Measure on a database of its own on ``server``; without one, on a local Postgres of its own."""
+    with stage.fresh_database(server, is_asynchronous=is_asynchronous) as dsn:
+        workloads.app.client.use(dsn)
+        try:
+            with (
+                stage.running_cluster(dsn, processes=processes, shards=shards) as cluster,
+                connect(dsn, name="durable-loadtest") as connection,
+            ):
+                return Hotpath(connection, cluster, processes=processes, shards=shards).report(seconds=seconds)
+        finally:
+            workloads.app.close()
 
 
 def chunks(total: int) -> list[int]:
@@ -258,15 +288,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 1 with the error in a line on standard error."""
     options = parsed(arguments)
     try:
-        with stage.fresh_database(options.dsn, is_asynchronous=options.asynchronous) as dsn:
-            workloads.app.client.use(dsn)
-            with (
-                stage.running_cluster(dsn, processes=options.processes, shards=options.shards) as cluster,
-                connect(dsn, name="durable-loadtest") as connection,
-            ):
-                run = Hotpath(connection, cluster, processes=options.processes, shards=options.shards)
-                report = run.report(seconds=options.seconds)
-            workloads.app.close()
+        report = measured(
+            options.dsn,
+            seconds=options.seconds,
+            processes=options.processes,
+            shards=options.shards,
+            is_asynchronous=options.asynchronous,
+        )
     except DurableError as error:
         say(f"hotpath: {error}")
         return 1

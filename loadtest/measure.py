@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
 import psycopg
 
 from durable_cluster.loadtest.stage import StageError, await_sleep, until
+from durable_cluster.loadtest.workloads import Count, next_count
 
 ROWS_A_COMMIT = 10_000
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -66,13 +68,18 @@ def span_between(begin: Reading, end: Reading) -> Span:
 
 def server_pids(connection: Connection) -> list[int]:
     """The cluster's backends and the server's own processes (WAL writer, checkpointer, …); none if they are elsewhere."""
-    if _comm(connection.info.backend_pid) != "postgres":
+    if not is_local_server(connection):
         return []
     rows = connection.execute(
         "select pid from pg_stat_activity where backend_type <> 'client backend'"
         " or datname = current_database() and application_name like 'durable-cluster %'"
     )
     return [pid for (pid,) in rows]
+
+
+def is_local_server(connection: Connection) -> bool:
+    """Whether the server's processes are on this machine, where they can be looked at."""
+    return _comm(connection.info.backend_pid) == "postgres"
 
 
 def _comm(pid: int) -> str:
@@ -119,6 +126,28 @@ def prepare_yardstick(connection: Connection) -> float:
     return float(row[0])
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What this server takes in rows a second when nobody reads them: see the module's head, and ``copy_rows_per_s``."""
+
+    p_rows_per_s: float
+    copy_rows_per_s: float
+    heap_rows_per_s: float
+
+
+def limits(connection: Connection, *, seconds: float) -> Limits:
+    """Each of them, measured for so many seconds."""
+    return Limits(
+        p_rows_per_s=p_rows_per_s(connection, seconds=seconds),
+        copy_rows_per_s=copy_rows_per_s(connection, seconds=seconds),
+        heap_rows_per_s=heap_rows_per_s(connection, seconds=seconds),
+    )
+
+
+def median_limits(some: Sequence[Limits]) -> Limits:
+    """The median of each."""
+    return Limits(**{name: median(getattr(one, name) for one in some) for name in Limits.__struct_fields__})
+
+
 def p_rows_per_s(connection: Connection, *, seconds: float) -> float:
     """P, measured for so many seconds on an emptied table."""
     return _rows_per_s(
@@ -134,6 +163,55 @@ def heap_rows_per_s(connection: Connection, *, seconds: float) -> float:
     """The heap, measured for so many seconds on an emptied table."""
     insert = "insert into loadtest.heap select line from loadtest.sample"
     return _rows_per_s(connection, "loadtest.heap", insert, seconds=seconds)
+
+
+def copy_rows_per_s(connection: Connection, *, seconds: float) -> float:
+    """P's table filled by COPY from this process, 10,000 rows a commit, for so many seconds."""
+    connection.execute("truncate loadtest.p")
+    lines = connection.execute("select line from loadtest.sample").fetchall()
+    block = b"".join(b"%d\tsteps\t%b\t1\n" % (number, escaped(line)) for number, (line,) in enumerate(lines))
+    rows = 0
+    begin = time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds:
+        with (
+            connection.cursor() as cursor,
+            cursor.copy("copy loadtest.p (ev_id, ev_type, ev_data, ev_extra1) from stdin") as copy,
+        ):
+            copy.write(block)
+        rows += len(lines)
+    return rows / spent
+
+
+def escaped(line: str) -> bytes:
+    """As a field of COPY's text format; a line of the log has no tabs and no newlines."""
+    return line.replace("\\", "\\\\").encode()
+
+
+class FloorLine(msgspec.Struct):
+    """The envelope of a line, read into its types at once: what any engine in Python must do at the least."""
+
+    w: str
+    n: int
+    f: str
+    s: str
+    v: int
+    d: Count
+
+
+def floor_us_per_step(connection: Connection) -> float:
+    """CPU of this process to decode a line, run the handler and encode the line after it, in microseconds."""
+    lines = [
+        line.encode()
+        for (line,) in connection.execute("select line from loadtest.sample where line like '%ten-steps%'")
+    ]
+    decoder, encoder = msgspec.json.Decoder(FloorLine), msgspec.json.Encoder()
+    begin = time.process_time()
+    for line in lines:
+        at = decoder.decode(line)
+        at.n += 1
+        at.d = next_count(at.d)
+        encoder.encode(at)
+    return (time.process_time() - begin) / len(lines) * 1e6
 
 
 def _rows_per_s(connection: Connection, table: str, insert: str, *, seconds: float) -> float:
@@ -208,6 +286,23 @@ def idle_xids_per_s(connection: Connection, *, seconds: float) -> float:
         if vacuums(connection) == before:
             return (end - begin) / seconds
     raise StageError("autovacuum never rests on this server, so idle transaction ids cannot be told; measure again")
+
+
+def set_rotation(connection: Connection, *, period_s: float) -> None:
+    """Have every log rotated at most once in so many seconds."""
+    connection.execute(
+        "select pgque.set_queue_config(queue_name, 'rotation_period', %s) from pgque.queue where queue_name like 'durable\\_%%'",
+        (f"{period_s:g} seconds",),
+    )
+
+
+def rotations(connection: Connection) -> int:
+    """How often logs have been rotated so far."""
+    sequences = connection.execute(
+        "select queue_rotation_seq from pgque.queue where queue_name like 'durable\\_%'"
+    ).fetchall()
+    rows = (connection.execute(f"select last_value from {name}".encode()).fetchone() for (name,) in sequences)
+    return sum(row[0] for row in rows if row is not None)
 
 
 def xid(connection: Connection) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ APP = "durable_cluster.loadtest.workloads:app"
 POLL_S = 0.02
 WAIT_S_MAX = 600.0
 
+_numbers = itertools.count(1)
+
 Connection = psycopg.Connection[Any]
 
 
@@ -37,31 +40,37 @@ class StageError(DurableError):
 @contextmanager
 def fresh_database(server: str | None, *, is_asynchronous: bool) -> Iterator[str]:
     """The DSN of a new, empty database on ``server``, dropped afterwards; without one, on a local Postgres of its own."""
-    with _local_server() if server is None else _given_server(server) as admin_dsn:
-        name = f"durable_loadtest_{os.getpid()}"
+    with some_server(server) as admin_dsn, database_on(admin_dsn, is_asynchronous=is_asynchronous) as dsn:
+        yield dsn
+
+
+def some_server(dsn: str | None, *, bin_dir: Path | None = None) -> AbstractContextManager[str]:
+    """The DSN of the server that is given; without one, of a local Postgres of its own, with the binaries in ``bin_dir``."""
+    return nullcontext(dsn) if dsn is not None else _local_server(bin_dir)
+
+
+@contextmanager
+def database_on(admin_dsn: str, *, is_asynchronous: bool = False) -> Iterator[str]:
+    """The DSN of a new, empty database there, dropped afterwards."""
+    name = f"durable_loadtest_{os.getpid()}_{next(_numbers)}"
+    with connect(admin_dsn, name="durable-loadtest admin") as admin:
+        admin.execute(sql.SQL("create database {} template template0").format(sql.Identifier(name)))
+        if is_asynchronous:
+            admin.execute(sql.SQL("alter database {} set synchronous_commit = off").format(sql.Identifier(name)))
+    try:
+        yield make_conninfo(admin_dsn, dbname=name)
+    finally:
         with connect(admin_dsn, name="durable-loadtest admin") as admin:
-            admin.execute(sql.SQL("create database {} template template0").format(sql.Identifier(name)))
-            if is_asynchronous:
-                admin.execute(sql.SQL("alter database {} set synchronous_commit = off").format(sql.Identifier(name)))
-        try:
-            yield make_conninfo(admin_dsn, dbname=name)
-        finally:
-            with connect(admin_dsn, name="durable-loadtest admin") as admin:
-                admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 @contextmanager
-def _given_server(dsn: str) -> Iterator[str]:
-    yield dsn
-
-
-@contextmanager
-def _local_server() -> Iterator[str]:
+def _local_server(bin_dir: Path | None) -> Iterator[str]:
     """A Postgres with the product's own settings, on disk: /tmp may be memory, where an fsync costs nothing."""
     on_disk = Path("/var/tmp")
     home = Path(tempfile.mkdtemp(prefix="durable-loadtest-", dir=on_disk if on_disk.is_dir() else None))
     try:
-        with EmbeddedPostgres(home) as embedded:
+        with EmbeddedPostgres(home, bin_dir) as embedded:
             yield embedded.dsn
         until(lambda: not (home / "pgdata" / "postmaster.pid").exists(), what="the local Postgres to stop")
     finally:

@@ -95,6 +95,7 @@ def parser() -> Parser:
     )
     _add_shards(demo)
     _add_log_level(demo, default="error")
+    _add_bench(commands)
     return top
 
 
@@ -104,6 +105,30 @@ def _add_command(commands: Commands, name: str, help_: str) -> Parser:
     made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
     made.add_argument("--json", action="store_true", help="answer with one JSON document")
     return made
+
+
+def _add_bench(commands: Commands) -> None:
+    bench = _add_command(commands, "bench", "measure the hot path beside its peers and write a report")
+    bench.epilog = (
+        "It makes databases of its own and drops them: on --dsn, else on a local Postgres that is gone afterwards."
+    )
+    bench.add_argument("--quick", action="store_true", help="a taste of everything, in ten minutes (else hours)")
+    bench.add_argument(
+        "--out", type=Path, default=Path("bench-report"), metavar="DIR", help="where to (./bench-report)"
+    )
+    bench.add_argument("--systems", nargs="+", default=[], metavar="NAME", help="only these")
+    bench.add_argument("--workloads", nargs="+", default=[], metavar="W", help="only these of W1 to W8")
+    bench.add_argument("--seconds", type=_seconds, metavar="S", help="the length of a load (20); others in proportion")
+    bench.add_argument("--soak", type=_seconds, default=0.0, metavar="S", help="at the end, a load that lasts so long")
+    bench.add_argument(
+        "--pg-bin",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="binaries of a Postgres; may be repeated",
+    )
+    bench.add_argument("--render", type=Path, metavar="DIR", help="measure nothing; write the report there anew")
 
 
 def _add_dead_letters(commands: Commands) -> None:

@@ -14,7 +14,19 @@ import psycopg
 from psycopg.errors import InsufficientPrivilege
 
 from durable_cluster.errors import DurableError
-from durable_cluster.ops import dead_letters, demo_cluster, doctor, install, psql, run, running, show, start, status
+from durable_cluster.ops import (
+    bench,
+    dead_letters,
+    demo_cluster,
+    doctor,
+    install,
+    psql,
+    run,
+    running,
+    show,
+    start,
+    status,
+)
 from durable_cluster.ops.arguments import parser
 from durable_cluster.ops.letters import Filter
 from durable_cluster.ops.target import Target
@@ -167,6 +179,7 @@ COMMANDS: Mapping[str, Command] = {
     "stop": _stop,
     "doctor": lambda terminal, target, options: doctor.doctor(terminal, target),
     "demo": _demo,
+    "bench": lambda terminal, target, options: bench.bench(terminal, options),
 }
 
 DEAD_LETTERS: Mapping[str, Command] = {

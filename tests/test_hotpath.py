@@ -13,8 +13,11 @@ from durable_cluster.loadtest import hotpath, measure
 NUMBERS = [
     "steps_per_s",
     "p_rows_per_s",
+    "copy_rows_per_s",
     "heap_rows_per_s",
     "p_ratio",
+    "floor_us_per_step",
+    "rotations",
     "cpu_us_per_step",
     "wal_bytes_per_step",
     "payload_bytes",

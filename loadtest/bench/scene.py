@@ -1,0 +1,86 @@
+"""Where one system is measured: a database and a directory of its own, both gone afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+from durable_cluster.loadtest.bench import meters
+from durable_cluster.loadtest.bench.meters import Connection
+from durable_cluster.loadtest.bench.work import Flow, Ledger, Stamp
+from durable_cluster.loadtest.peers.base import System, Workers
+from durable_cluster.loadtest.stage import StageError, database_on
+
+LOOK_S = 0.0005
+HELD = "held snapshot"
+
+
+class Scene:
+    """One system, installed, without workers yet; the harness's own session and ledger."""
+
+    def __init__(self, system: System, connection: Connection) -> None:
+        self.system = system
+        self.connection = connection
+        self.ledger = Ledger(system.directory)
+        self.flows_made = 0
+
+    def flows(self, count: int, like: Flow) -> list[Flow]:
+        """So many new flows, numbered on."""
+        first = self.flows_made + 1
+        self.flows_made += count
+        return [
+            Flow(number, like.step, like.of, like.pause_ms, like.is_told, like.ballast)
+            for number in range(first, self.flows_made + 1)
+        ]
+
+    def read(self, workers: Workers) -> meters.Reading:
+        """Look at the meters."""
+        return meters.read(self.connection, pids=workers.pids, thread_id=workers.thread_id)
+
+    def await_stamp(self, workers: Workers, flow: Flow, *, timeout_s: float) -> Stamp:
+        """The stamp of the flow's last step. Raises StageError if it does not come in time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for stamp in self.ledger.new_stamps():
+                if (stamp.number, stamp.step) == (flow.number, flow.of):
+                    return stamp
+            time.sleep(LOOK_S)
+        workers.demand_running()
+        raise StageError(f"a flow has not ended after {timeout_s:g} s")
+
+    def await_steps(self, workers: Workers, steps: int, *, timeout_s: float) -> None:
+        """Return once so many steps have run since the beginning."""
+        deadline = time.monotonic() + timeout_s
+        while self.ledger.steps() < steps:
+            if time.monotonic() > deadline:
+                workers.demand_running()
+                raise StageError(f"{self.ledger.steps():,} of {steps:,} steps have run after {timeout_s:g} s")
+            time.sleep(LOOK_S * 10)
+
+
+@contextmanager
+def scene(kind: type[System], server: str) -> Iterator[Scene]:
+    """A system on a fresh database of ``server``."""
+    with database_on(server) as dsn, tempfile.TemporaryDirectory(prefix="durable-bench-") as directory:
+        system = kind(dsn, Path(directory))
+        try:
+            system.install()
+            with meters.session(dsn) as connection:
+                yield Scene(system, connection)
+        finally:
+            system.close()
+
+
+@contextmanager
+def held_snapshot(dsn: str) -> Iterator[None]:
+    """A REPEATABLE READ transaction that has looked once and stays open, as a long report or a forgotten psql does."""
+    with meters.session(dsn) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        with connection.transaction():
+            connection.execute("select count(*) from pg_class")
+            yield
