@@ -7,6 +7,13 @@ begin
 end
 $$;
 
+-- durable.range_begin(done, s0): where the range of a window's events is entered: the later of its cursor and xmax(s0).
+-- Hazard: with both as conditions of the query the index would be entered at the cursor, which is zero in a new window, and each
+-- first page would walk all that the table has held since it was last emptied.
+create or replace function durable.range_begin(i_done durable.cursor, i_s0 pg_snapshot) returns durable.cursor
+language sql immutable
+as $$ select greatest(i_done, row(pg_snapshot_xmax(i_s0), 0, 0)::durable.cursor) $$;
+
 -- durable.window_query(tables, with_late, limit): the events of a window from its cursor on, in the order (ev_txid, ev_id).
 --
 -- The simple query would be "everything visible in s1 and not visible in s0 from xmin(s0) on". One old write transaction pins
@@ -14,8 +21,8 @@ $$;
 -- what was in progress at s0 and has ended since is a short list of ids, all below that xmax (i_with_late: there are any). Only
 -- tables that can still hold unread events are named, because a plan that names the third starves the rotation's lock.
 -- Planning is most of a small page's cost, so the common case, one table and nobody late, is one plain range.
--- i_limit: rows at the most, null for all. Parameters of the query: $1 cursor txid, $2 cursor id, $3 xmax(s0), $4 xmax(s1), $5 s1,
--- $6 the late ids.
+-- i_limit: rows at the most, null for all. Parameters of the query: $1, $2 where the range begins (durable.range_begin: txid, id),
+-- $3, $4 the cursor (txid, id), $5 xmax(s1), $6 s1, $7 the late ids.
 create or replace function durable.window_query(i_tables text[], i_with_late boolean, i_limit int) returns text
 language plpgsql immutable
 set search_path = pg_catalog, durable, pg_temp
@@ -23,8 +30,8 @@ as $$
 declare
     v_order text := ' order by ev_txid, ev_id limit ' || coalesce(i_limit::text, 'all');
     v_from text := 'select ev_txid as txid, ev_id as id, ev_extra1 as n, coalesce(ev_data, '''') as body from ';
-    v_range text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid >= $3 and ev_txid < $4 and pg_visible_in_snapshot(ev_txid, $5)';
-    v_late text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid = any ($6)';
+    v_range text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid < $5 and pg_visible_in_snapshot(ev_txid, $6)';
+    v_late text := ' where (ev_txid, ev_id) >= ($3, $4) and ev_txid = any ($7)';
     v_parts text[];
     v_table text;
 begin
@@ -56,6 +63,7 @@ declare
     v_lines int;
     v_bytes int;
     v_late xid8[];
+    v_begin durable.cursor;
     v_is_last boolean := true;
     v_events text[] := '{}';
     v_bodies text[] := '{}';
@@ -65,12 +73,13 @@ begin
         perform durable.lost(i_batch);
     end if;
     v_late := array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1));
+    v_begin := durable.range_begin(v_win.done, v_win.s0);
     v_lines := - (v_win.done).line;
     v_bytes := 0;
     for v_event in execute durable.window_query(
             pgque.event_tables((select s.queue_id from durable.shard s where s.shard = v_win.shard), v_win.s0),
             v_late <> '{}', i_lines + 1)
-        using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1, v_late
+        using v_begin.txid, v_begin.id, (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s1), v_win.s1, v_late
     loop
         v_lines := v_lines + case when v_event.n ~ '^[0-9]{1,6}$' then v_event.n::int else 1 end;
         v_bytes := v_bytes + octet_length(v_event.body);

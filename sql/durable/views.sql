@@ -29,13 +29,14 @@ begin
          from pgque.tick t where t.tick_queue = v_shard.queue_id order by t.tick_id desc limit 1)
     loop
         return query execute
-            'select $7, $8, substring(l.line from durable.line_pattern(''s'')), substring(l.line from durable.line_pattern(''n''))::int, $9,'
+            'select $8, $9, substring(l.line from durable.line_pattern(''s'')), substring(l.line from durable.line_pattern(''n''))::int, $10,'
             ' null::timestamptz'
             ' from ('
             || durable.window_query(pgque.event_tables(v_shard.queue_id, v_win.s0), true, null)
             || ') e, string_to_table(e.body, E''\n'') with ordinality l(line, o)'
-               ' where e.body like ''%'' || $10 and l.line like $10 and not (e.txid = $1 and e.id = $2 and l.o <= $11)'
-            using (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s0), pg_snapshot_xmax(v_win.s1), v_win.s1,
+               ' where e.body like ''%'' || $11 and l.line like $11 and not (e.txid = $3 and e.id = $4 and l.o <= $12)'
+            using (durable.range_begin(v_win.done, v_win.s0)).txid, (durable.range_begin(v_win.done, v_win.s0)).id,
+                (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s1), v_win.s1,
                 array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1)),
                 v_shard.shard, v_win.place, v_win.silent, '{"w":"' || durable.hex(i_id) || '"%', (v_win.done).line;
     end loop;
