@@ -160,8 +160,8 @@ def server_pids(connection: Connection) -> list[int] | None:
         return None
     rows = connection.execute(
         "select pid from pg_stat_activity where backend_type <> 'client backend'"
-        " or datname = current_database() and application_name not like %s",
-        (f"{SESSION}%",),
+        " or datname = current_database() and application_name <> %s",
+        (SESSION,),
     )
     return [pid for (pid,) in rows]
 

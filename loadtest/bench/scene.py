@@ -14,7 +14,7 @@ from durable_cluster.loadtest.bench import meters
 from durable_cluster.loadtest.bench.meters import Connection
 from durable_cluster.loadtest.bench.work import Flow, Ledger, Stamp
 from durable_cluster.loadtest.peers.base import System, Workers
-from durable_cluster.loadtest.stage import StageError, database_on
+from durable_cluster.loadtest.stage import StageError, database_on, until
 
 LOOK_S = 0.0005
 HELD = "held snapshot"
@@ -28,6 +28,7 @@ class Scene:
         self.connection = connection
         self.ledger = Ledger(system.directory)
         self.flows_made = 0
+        self._is_closed = False
 
     def flows(self, count: int, like: Flow) -> list[Flow]:
         """So many new flows, numbered on."""
@@ -41,6 +42,26 @@ class Scene:
     def read(self, workers: Workers) -> meters.Reading:
         """Look at the meters."""
         return meters.read(self.connection, pids=workers.pids, thread_id=workers.thread_id)
+
+    def close(self) -> None:
+        """Have the system let go of its client's connections; safe twice."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.system.close()
+
+    def await_end_of_sessions(self) -> None:
+        """Close the client, and return once all sessions of the system have ended and so told the statistics what they did."""
+        self.close()
+        others = (
+            "select not exists (select from pg_stat_activity where datname = current_database()"
+            " and backend_type = 'client backend' and application_name <> %s)"
+        )
+
+        def have_ended() -> bool:
+            row = self.connection.execute(others.encode(), (meters.SESSION,)).fetchone()
+            return bool(row and row[0])
+
+        until(have_ended, what="the system's sessions to end")
 
     def await_stamp(self, workers: Workers, flow: Flow, *, timeout_s: float) -> Stamp:
         """The stamp of the flow's last step. Raises StageError if it does not come in time."""
@@ -68,12 +89,13 @@ def scene(kind: type[System], server: str) -> Iterator[Scene]:
     """A system on a fresh database of ``server``."""
     with database_on(server) as dsn, tempfile.TemporaryDirectory(prefix="durable-bench-") as directory:
         system = kind(dsn, Path(directory))
-        try:
-            system.install()
-            with meters.session(dsn) as connection:
-                yield Scene(system, connection)
-        finally:
-            system.close()
+        with meters.session(dsn) as connection:
+            here = Scene(system, connection)
+            try:
+                system.install()
+                yield here
+            finally:
+                here.close()
 
 
 @contextmanager

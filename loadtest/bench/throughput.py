@@ -47,24 +47,41 @@ def throughput(
     round_: int = 1,
 ) -> None:
     """Measure ``seconds`` of it, and then ``held_s`` beside a held snapshot. Adds its cells and points to ``results``."""
-    with scene(kind, server) as here, here.system.workers(kind.processes) as workers:
-        rate = _calibrated(here, workers, like)
-        window_s = seconds + held_s
-        _load(here, like, steps=rate * (window_s * (1 + WARM_SHARE) + 1) * MARGIN)
-        time.sleep(window_s * WARM_SHARE)
-        with ExitStack() as stack:
-            looks = [_look(here, workers)]
-            for number in range(1, max(2, round(window_s / bucket_s)) + 1):
-                if held_s and number == round(seconds / bucket_s) + 1:
-                    stack.enter_context(held_snapshot(here.system.dsn))
-                time.sleep(max(0.0, looks[0][0] + number * bucket_s - time.perf_counter()))
-                looks.append(_look(here, workers))
-                _top_up(here, like, looks, rest_s=(round(window_s / bucket_s) - number) * bucket_s)
-            workers.demand_running()
-            peak = meters.peak_bytes(workers.pids)
-            results.cells += _relations(here, condition, round_)
-        results.points += _points(kind.name, condition, round_, looks)
-        results.cells += _cells(kind.name, condition, round_, looks, peak=peak, free_s=seconds, held_s=held_s)
+    with scene(kind, server) as here:
+        fresh = meters.read(here.connection, pids=[])
+        with here.system.workers(kind.processes) as workers:
+            looks, peak = _watched(here, workers, like, seconds=seconds, held_s=held_s, bucket_s=bucket_s)
+        here.await_end_of_sessions()
+        whole = meters.between(fresh, meters.read(here.connection, pids=[]))
+        told = _Told(kind.name, condition, round_)
+        results.points += told.points(looks)
+        results.cells += [
+            *told.rates(looks, free_s=seconds, held_s=held_s),
+            *told.costs(looks),
+            *told.rows(whole, here.ledger.steps()),
+            *told.relations(here),
+            told.cell("memory", peak / MIB, "MiB"),
+        ]
+
+
+def _watched(
+    here: Scene, workers: Workers, like: Flow, *, seconds: float, held_s: float, bucket_s: float
+) -> tuple[list[Look], int]:
+    """Looks at a loaded system, one a bucket; and the peak memory of its largest process."""
+    rate = _calibrated(here, workers, like)
+    window_s = seconds + held_s
+    _load(here, like, steps=rate * (window_s * (1 + WARM_SHARE) + 1) * MARGIN)
+    time.sleep(window_s * WARM_SHARE)
+    with ExitStack() as stack:
+        looks = [_look(here, workers)]
+        for number in range(1, max(2, round(window_s / bucket_s)) + 1):
+            if held_s and number == round(seconds / bucket_s) + 1:
+                stack.enter_context(held_snapshot(here.system.dsn))
+            time.sleep(max(0.0, looks[0][0] + number * bucket_s - time.perf_counter()))
+            looks.append(_look(here, workers))
+            _top_up(here, like, looks, rest_s=(round(window_s / bucket_s) - number) * bucket_s)
+        workers.demand_running()
+        return looks, meters.peak_bytes(workers.pids)
 
 
 def _calibrated(here: Scene, workers: Workers, like: Flow) -> float:
@@ -99,78 +116,80 @@ def _look(here: Scene, workers: Workers) -> Look:
     return time.perf_counter(), here.ledger.steps(), here.read(workers)
 
 
-def _points(system: str, condition: str, round_: int, looks: list[Look]) -> Iterable[Point]:
-    for (earlier_s, earlier, _), (at_s, steps, reading) in pairwise(looks):
-        for metric, value in (
-            ("steps/s", (steps - earlier) / (at_s - earlier_s)),
-            ("dead rows", float(reading.dead)),
-            ("MiB", (reading.table_bytes + reading.index_bytes) / MIB),
-        ):
-            yield Point(
-                system=system,
-                workload=WORKLOAD,
-                condition=condition,
-                metric=metric,
-                at_s=at_s - looks[0][0],
-                value=value,
-                round=round_,
-            )
+class _Told:
+    """The cells and points of one system under one condition."""
 
+    def __init__(self, system: str, condition: str, round_: int) -> None:
+        self._system = system
+        self._condition = condition
+        self._round = round_
 
-def _relations(here: Scene, condition: str, round_: int) -> Iterable[Cell]:
-    """What was written to each table since the beginning, calibration and loading included."""
-    for one in meters.relations(here.connection):
-        for metric in ("inserted", "updated", "deleted", "dead"):
-            yield Cell(
-                system=here.system.name,
-                workload=RELATIONS,
-                condition=condition,
-                metric=f"{one.table} {metric}",
-                value=getattr(one, metric),
-                unit="rows",
-                round=round_,
-            )
-
-
-def _cells(
-    system: str, condition: str, round_: int, looks: list[Look], *, peak: int, free_s: float, held_s: float
-) -> Iterable[Cell]:
-    def cell(metric: str, value: float | None, unit: str) -> Cell:
+    def cell(self, metric: str, value: float | None, unit: str, workload: str = WORKLOAD) -> Cell:
         return Cell(
-            system=system, workload=WORKLOAD, condition=condition, metric=metric, value=value, unit=unit, round=round_
+            system=self._system,
+            workload=workload,
+            condition=self._condition,
+            metric=metric,
+            value=value,
+            unit=unit,
+            round=self._round,
         )
 
-    first_s, first, first_reading = looks[0]
-    last_s, last, last_reading = looks[-1]
-    steps = last - first
-    if not steps:
-        raise StageError("no step ran while the clock did")
-    cost = meters.between(first_reading, last_reading)
-    yield cell("steps/s", steps / (last_s - first_s), "steps/s")
-    yield from (cell(*told) for told in _of_a_step(cost, steps))
-    yield cell("autovacuums", cost.autovacuums, "runs")
-    yield cell("memory", peak / MIB, "MiB")
-    if held_s:
-        rates = [
-            (at_s - first_s, (now - before) / (at_s - before_s))
-            for (before_s, before, _), (at_s, now, _) in pairwise(looks)
-        ]
-        free = median(rate for at_s, rate in rates if at_s <= free_s * 1.01)
-        late = median(rate for at_s, rate in rates if at_s > free_s + held_s * 2 / 3)
-        yield cell("steps/s before", free, "steps/s")
-        yield cell("steps/s at the end", late, "steps/s")
-        yield cell("drift", 100 * (1 - late / free), "%")
+    def points(self, looks: list[Look]) -> Iterable[Point]:
+        for (earlier_s, earlier, _), (at_s, steps, reading) in pairwise(looks):
+            for metric, value in (
+                ("steps/s", (steps - earlier) / (at_s - earlier_s)),
+                ("dead rows", float(reading.dead)),
+                ("MiB", (reading.table_bytes + reading.index_bytes) / MIB),
+            ):
+                yield Point(
+                    system=self._system,
+                    workload=WORKLOAD,
+                    condition=self._condition,
+                    metric=metric,
+                    at_s=at_s - looks[0][0],
+                    value=value,
+                    round=self._round,
+                )
 
+    def rates(self, looks: list[Look], *, free_s: float, held_s: float) -> Iterable[Cell]:
+        first_s, first, _ = looks[0]
+        last_s, last, _ = looks[-1]
+        if last == first:
+            raise StageError("no step ran while the clock did")
+        yield self.cell("steps/s", (last - first) / (last_s - first_s), "steps/s")
+        if held_s:
+            rates = [
+                (at_s - first_s, (now - before) / (at_s - before_s))
+                for (before_s, before, _), (at_s, now, _) in pairwise(looks)
+            ]
+            free = median(rate for at_s, rate in rates if at_s <= free_s * 1.01)
+            late = median(rate for at_s, rate in rates if at_s > free_s + held_s * 2 / 3)
+            yield self.cell("steps/s before", free, "steps/s")
+            yield self.cell("steps/s at the end", late, "steps/s")
+            yield self.cell("drift", 100 * (1 - late / free), "%")
 
-def _of_a_step(cost: Cost, steps: int) -> Iterable[tuple[str, float | None, str]]:
-    server_us = None if cost.server_s is None else cost.server_s / steps * 1e6
-    workers_us = cost.workers_s / steps * 1e6
-    yield "CPU", None if server_us is None else server_us + workers_us, "µs/step"
-    yield "CPU of Postgres", server_us, "µs/step"
-    yield "CPU of workers", workers_us, "µs/step"
-    yield "WAL", cost.wal_bytes / steps, "B/step"
-    yield "growth", (cost.table_bytes + cost.index_bytes) / steps, "B/step"
-    yield "changed rows", cost.changed / steps, "rows/step"
-    yield "dead rows", cost.dead / steps, "rows/step"
-    yield "transaction ids", cost.xids / steps, "/step"
-    yield "commits", cost.commits / steps, "/step"
+    def costs(self, looks: list[Look]) -> Iterable[Cell]:
+        """What a step of the window cost."""
+        steps, cost = looks[-1][1] - looks[0][1], meters.between(looks[0][2], looks[-1][2])
+        server_us = None if cost.server_s is None else cost.server_s / steps * 1e6
+        workers_us = cost.workers_s / steps * 1e6
+        yield self.cell("CPU", None if server_us is None else server_us + workers_us, "µs/step")
+        yield self.cell("CPU of Postgres", server_us, "µs/step")
+        yield self.cell("CPU of workers", workers_us, "µs/step")
+        yield self.cell("WAL", cost.wal_bytes / steps, "B/step")
+        yield self.cell("growth", (cost.table_bytes + cost.index_bytes) / steps, "B/step")
+        yield self.cell("transaction ids", cost.xids / steps, "/step")
+
+    def rows(self, whole: Cost, steps: int) -> Iterable[Cell]:
+        """What all steps of the scene did to rows: a backend in a pipeline tells the statistics nothing before it ends."""
+        yield self.cell("changed rows", whole.changed / steps, "rows/step")
+        yield self.cell("dead rows", whole.dead / steps, "rows/step")
+        yield self.cell("commits", whole.commits / steps, "/step")
+        yield self.cell("autovacuums", whole.autovacuums, "runs")
+
+    def relations(self, here: Scene) -> Iterable[Cell]:
+        """What was written to each table, starting the flows included."""
+        for one in meters.relations(here.connection):
+            for metric in ("inserted", "updated", "deleted", "dead"):
+                yield self.cell(f"{one.table} {metric}", getattr(one, metric), "rows", RELATIONS)
