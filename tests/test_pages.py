@@ -21,7 +21,7 @@ def appended(conn: psycopg.Connection, events: int) -> None:
 
 
 def test_the_first_page_of_a_window_walks_nothing_that_was_read_before_it(conn: psycopg.Connection) -> None:
-    """An index entered at the window's zero cursor would be read from its beginning: 100 buffers here, each step's time in the end."""
+    """An index entered at the window's zero cursor would be read from its beginning: 100 buffers here."""
     statements.join_shard(conn, SHARD, "m")
     for events in (READ_BEFORE, 1):
         appended(conn, events)
