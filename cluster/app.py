@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from durable_cluster.types import Signature, checked_key, encoded_input, signatu
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True):
+class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A handler and how to call it."""
 
     name: str
@@ -39,6 +40,11 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it runs beside the page and may outlast it."""
         return self.is_blocking or self.signature.is_async
 
+    @cached_property
+    def is_inline(self) -> bool:
+        """Whether it runs in the consumer's own thread, with no transaction open."""
+        return not (self.is_beside or self.is_transactional)
+
 
 class Machine:
     """A kind of workflow, written as steps that say what comes next."""
@@ -50,7 +56,7 @@ class Machine:
         self.steps: dict[str, Step] = {}
         self.first: Step | None = None
         self._state = state
-        self._names: dict[Callable[..., Any], str] = {}
+        self._names: dict[str | Callable[..., Any], str] = {}
 
     def step(
         self,
@@ -101,7 +107,7 @@ class Machine:
                 decoder=_decoder(signature.state, step_name),
             )
             self.steps[step_name] = step
-            self._names[function] = step_name
+            self._names[function] = self._names[step_name] = step_name
             if start:
                 self.first = step
             return function
@@ -110,8 +116,8 @@ class Machine:
 
     def step_name(self, step: str | Callable[..., Any]) -> str:
         """The name of one of this machine's steps. Raises AppError for any other."""
-        name = self._names.get(step) if callable(step) else step
-        if name is None or name not in self.steps:
+        name = self._names.get(step)
+        if name is None:
             shown = getattr(step, "__name__", step)
             raise AppError(
                 f"machine '{self.name}' has no step '{shown}'; its steps are {', '.join(self.steps) or 'none yet'}"

@@ -26,16 +26,16 @@ def short_id(workflow_id: str) -> str:
     return workflow_id[:SHORT_ID_DIGITS]
 
 
-class Context:
+class Context(msgspec.Struct, eq=False, gc=False):
     """Given to a step whose first parameter is annotated with it."""
 
-    __slots__ = ("_connection", "_envelope", "_machine", "_said")
+    _machine: Machine
+    _envelope: Envelope
+    _connection: psycopg.Connection[Any] | None = None
+    _said: msgspec.Raw | None = None
 
-    def __init__(self, machine: Machine, envelope: Envelope, connection: psycopg.Connection[Any] | None = None) -> None:
-        self._machine = machine
-        self._envelope = envelope
-        self._connection = connection
-        self._said: msgspec.Raw | None = None
+    def __repr__(self) -> str:
+        return f"<Context of step {self.seq} ('{self.step}') of {self.short_id}…>"
 
     @property
     def workflow_id(self) -> str:

@@ -9,7 +9,7 @@ import msgspec
 from durable_cluster.retry import Policy
 
 
-class Goto(msgspec.Struct, frozen=True):
+class Goto(msgspec.Struct, frozen=True, gc=False):
     """The workflow goes on with ``step`` and ``state``; ``retry``: in place of the step's own policy."""
 
     step: str
@@ -17,20 +17,20 @@ class Goto(msgspec.Struct, frozen=True):
     retry: Policy | None = None
 
 
-class Sleep(msgspec.Struct, frozen=True):
+class Sleep(msgspec.Struct, frozen=True, gc=False):
     """As ``goto``, after ``seconds``."""
 
     seconds: float
     goto: Goto
 
 
-class Done(msgspec.Struct, frozen=True):
+class Done(msgspec.Struct, frozen=True, gc=False):
     """The workflow is completed with ``output``."""
 
     output: Any
 
 
-class Fail(msgspec.Struct, frozen=True):
+class Fail(msgspec.Struct, frozen=True, gc=False):
     """The workflow has failed for good, for ``reason``."""
 
     reason: str

@@ -7,7 +7,7 @@ step to run and the state it runs with. Fields this version does not know are to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -18,6 +18,7 @@ from durable_cluster.settings import NAME_PATTERN
 SEQ_MAX = 999_999_998
 """One less than has nine digits: the step after it has nine too."""
 DEPTH_MARGIN = 150
+NEWLINE = ord("\n")
 NOT_AN_ENVELOPE = (msgspec.DecodeError, UnicodeError, RecursionError)
 NO_HEX = re.compile("[^0-9a-f]")
 
@@ -25,6 +26,7 @@ NO_HEX = re.compile("[^0-9a-f]")
 class Envelope(
     msgspec.Struct,
     frozen=True,
+    gc=False,
     omit_defaults=True,
     rename={
         "workflow_id": "w",
@@ -125,11 +127,10 @@ def encode(value: object) -> bytes:
     """``value`` as one line of JSON. Raises TypeError or ValueError for what JSON cannot hold."""
     encoded = _encoder.encode(value)
     _syntax.decode(encoded)  # a msgspec.Raw goes in unseen: it must be JSON too
-    if (
-        encoded.count(b"[") + encoded.count(b"{") > DEPTH_MARGIN
-    ):  # whoever reads it may stand deeper in calls than we do
+    if len(encoded) > 2 * DEPTH_MARGIN and encoded.count(b"[") + encoded.count(b"{") > DEPTH_MARGIN:
+        # Whoever reads it may stand deeper in calls.
         _syntax.decode(b"[" * DEPTH_MARGIN + encoded + b"]" * DEPTH_MARGIN)
-    return encoded.replace(b"\n", b" ") if b"\n" in encoded else encoded
+    return encoded.replace(b"\n", b" ") if NEWLINE in encoded else encoded
 
 
 def header_of(text: str) -> Header:
@@ -174,17 +175,17 @@ def decode_line(line: str) -> Envelope:
     return _envelope.decode(line)
 
 
-def encode_chunks(envelopes: Iterable[Envelope], *, bytes_max: int) -> tuple[str, list[int]]:
+def encode_chunks(envelopes: Sequence[Envelope], *, bytes_max: int) -> tuple[str, list[int]]:
     """Log entries for a page's successors: their lines, a form feed between entries, and how many lines each entry has.
 
     No entry has more than ``bytes_max`` bytes, unless one line has.
     """
-    lines = [_encoder.encode(envelope) for envelope in envelopes]
-    if sum(map(len, lines)) <= bytes_max:
-        return b"\n".join(lines).decode(), [len(lines)] if lines else []
+    lines = _encoder.encode_lines(envelopes)[:-1]
+    if len(lines) <= bytes_max:
+        return lines.decode(), [len(envelopes)] if envelopes else []
     chunks: list[list[bytes]] = [[]]
     size = 0
-    for line in lines:
+    for line in lines.split(b"\n"):
         if chunks[-1] and size + len(line) > bytes_max:
             chunks.append([])
             size = 0

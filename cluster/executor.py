@@ -59,7 +59,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
 Result = Envelope | Outcome | Later | DeadLetter
 
 
-class Task(msgspec.Struct, frozen=True):
+class Task(msgspec.Struct, frozen=True, gc=False):
     """A step event with the handler that will run it."""
 
     machine: Machine
@@ -73,18 +73,11 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
     One that this code knows no handler for waits for a process that does, for ``limit_s`` seconds in all: during a deployment
     old and new code run side by side.
     """
-    machine = machines.get(envelope.workflow)
-    if machine is None:
-        return _unrouted(envelope, f"no workflow '{envelope.workflow}' in this app", machines, limit_s)
-    step = machine.steps.get(envelope.step)
-    if step is None:
-        return _unrouted(
-            envelope,
-            f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code",
-            machine.steps,
-            limit_s,
-        )
-    return Task(machine, step, envelope)
+    try:
+        machine = machines[envelope.workflow]
+        return Task(machine, machine.steps[envelope.step], envelope)
+    except KeyError:
+        return _unrouted(envelope, machines, limit_s)
 
 
 def call(task: Task, context: Context) -> Result:
@@ -192,7 +185,12 @@ def _successor(task: Task, to: Goto) -> Envelope:
     )
 
 
-def _unrouted(envelope: Envelope, what: str, known: Mapping[str, object], limit_s: float) -> Result:
+def _unrouted(envelope: Envelope, machines: Mapping[str, Machine], limit_s: float) -> Result:
+    if envelope.workflow in machines:
+        known: Mapping[str, object] = machines[envelope.workflow].steps
+        what = f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code"
+    else:
+        known, what = machines, f"no workflow '{envelope.workflow}' in this app"
     if _waited_s(envelope.unrouted) >= limit_s:
         return dead_letter(envelope, "unroutable", f"{what}; it has {', '.join(known) or 'none'}")
     if envelope.unrouted == 0:

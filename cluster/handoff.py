@@ -145,8 +145,9 @@ class Handoff:
     def _hand_on(self, window: Window, page: Page, slots: list[Slot], *, begin: int, end: int, first: int) -> None:
         """Commit the slots from ``begin`` to ``end`` and put their results into ``slots``. Slot 0 is the page's line ``first``."""
         results = slots[begin:end]
-        tasks = [index for index, slot in enumerate(results) if isinstance(slot, Task)]
-        if not tasks and not any(isinstance(slot, NOT_IN_THE_LOG) for slot in results):
+        kinds = set(map(type, results))
+        tasks = [index for index, slot in enumerate(results) if isinstance(slot, Task)] if Task in kinds else []
+        if not tasks and kinds.isdisjoint(NOT_IN_THE_LOG):
             self._commit(window, page, results, first + begin, is_fenced=False)
             return
         try:
@@ -290,8 +291,8 @@ class Handoff:
         )
 
     def _for_the_log(self, results: Sequence[Slot]) -> tuple[str, list[int], list[Outcome]]:
-        steps, counts = encode_chunks([r for r in results if isinstance(r, Envelope)], bytes_max=self._bytes_max)
-        return steps, counts, [r for r in results if isinstance(r, Outcome)]
+        steps, counts = encode_chunks([r for r in results if type(r) is Envelope], bytes_max=self._bytes_max)
+        return steps, counts, [r for r in results if type(r) is Outcome]
 
     @contextmanager
     def _limited(self, task: Task) -> Iterator[None]:

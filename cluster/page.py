@@ -119,7 +119,7 @@ class PageRunner:
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
         if not isinstance(task, Task) and not envelope.has_names:
             return self._begin(None)
-        if not isinstance(task, Task) or task.step.is_transactional or task.step.is_beside:
+        if not isinstance(task, Task) or not task.step.is_inline:
             return task
         self.inline = task
         return executor.run(task, executor.context_of(task))

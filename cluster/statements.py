@@ -15,7 +15,7 @@ from durable_cluster.errors import translated
 Connection = psycopg.Connection[Any]
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """A terminal record: ``status`` is completed or failed, ``output`` is JSON."""
 
     workflow_id: str

@@ -14,6 +14,7 @@ import pytest
 from psycopg import IsolationLevel
 
 from durable_cluster import App, Context, Continuation, Machine, statements
+from durable_cluster.settings import Settings
 
 RUNS: Counter[int] = Counter()
 REPEATED = (10, 20, 30, 40)
@@ -232,7 +233,8 @@ def test_an_append_that_stalls_after_it_found_its_table_is_not_lost_to_two_rotat
 def test_no_transaction_is_open_while_a_step_runs_unless_it_is_transactional(
     dsn: str, conn: psycopg.Connection
 ) -> None:
-    app = App("watched", dsn=dsn)
+    never_detached = Settings(page_window_ms=60_000)  # however slow the machine is
+    app = App("watched", dsn=dsn, settings=never_detached)
     machine = app.machine("watched")
     seen: dict[str, set[str]] = {}
     query = (

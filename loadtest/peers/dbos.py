@@ -26,7 +26,6 @@ NAME = "durable-bench"
 QUEUE = "flows"
 POLLING_S = 0.05
 AT_ONCE = 20  # workflows of a process: as many as its pool has connections
-JOIN_POLLING_S = 0.05
 LAST_WORKFLOWS_S = 5
 
 # dbos.enqueue_workflow is the SQL function that DBOS documents among its system tables.
@@ -43,13 +42,15 @@ State = dict[str, Any]
 @DBOS.step(name="step")
 def step(state: State) -> State | None:
     """One step, in a thread of its workflow."""
-    return _state(work.step(_flow(state)))
+    after = work.step(_flow(state))
+    return None if after is None else _state(after)
 
 
 @DBOS.step(name="step_beside")
 async def step_beside(state: State) -> State | None:
     """The same for a workflow that is a coroutine."""
-    return _state(await work.step_beside(_flow(state)))
+    after = await work.step_beside(_flow(state))
+    return None if after is None else _state(after)
 
 
 @DBOS.workflow(name="flow")
@@ -59,12 +60,17 @@ def flow(state: State | None) -> None:
         state = step(state)
 
 
+@DBOS.workflow(name="child")
+async def child(state: State) -> None:
+    """A flow of one step."""
+    await step_beside(state)
+
+
 @DBOS.workflow(name="fan_out")
 async def fan_out(state: State | None, children: list[State]) -> None:
     """Enqueue the children, await all, then run the flow: concurrently where DBOS allows it, in an order it can repeat."""
-    handles = await asyncio.gather(*(DBOS.enqueue_workflow_async(QUEUE, flow, child) for child in children))
-    for handle in handles:
-        await handle.get_result(polling_interval_sec=JOIN_POLLING_S)
+    handles = await asyncio.gather(*(DBOS.enqueue_workflow_async(QUEUE, child, one) for one in children))
+    await asyncio.gather(*(handle.get_result() for handle in handles))
     while state is not None:
         state = await step_beside(state)
 
@@ -115,8 +121,9 @@ class Dbos(System):
             connection.execute(ENQUEUE.encode(), (due_ms, [msgspec.json.encode(flow).decode() for flow in flows]))
 
 
-def _state(flow: Flow | None) -> Any:
-    return None if flow is None else msgspec.to_builtins(flow)
+def _state(flow: Flow) -> State:
+    state: State = msgspec.to_builtins(flow)
+    return state
 
 
 def _flow(state: State) -> Flow:
