@@ -1,7 +1,7 @@
 """Workloads W1 and W3: a backlog of ten-step flows, steps counted while it is worked off, and what they cost.
 
-The backlog is loaded before the clock starts, and is larger than what can be done while it runs. The clock is a window: steps
-counted in it, cost and rows in it. Beside a held snapshot the window has two parts, the snapshot is taken between them and
+The backlog is loaded before the clock starts, and is larger than what can be done while it runs, or in a minute and a half: a
+longer run loads more as it goes. The clock is a window: steps counted in it, cost and rows in it. Beside a held snapshot the window has two parts, the snapshot is taken between them and
 kept; the drift is what the last third of the second part has lost against the first part.
 """
 
@@ -28,6 +28,8 @@ CALIBRATION_FLOWS = 40
 CALIBRATION_S_MAX = 60.0
 MARGIN = 1.5
 WARM_SHARE = 0.1
+WARM_S_MAX = 10.0
+LOADED_AHEAD_S = 90.0
 LOADED_AT_ONCE = 10_000
 MIB = 1 << 20
 
@@ -70,8 +72,9 @@ def _watched(
     """Looks at a loaded system, one a bucket; and the peak memory of its largest process."""
     rate = _calibrated(here, workers, like)
     window_s = seconds + held_s
-    _load(here, like, steps=rate * (window_s * (1 + WARM_SHARE) + 1) * MARGIN)
-    time.sleep(window_s * WARM_SHARE)
+    warm_s = min(WARM_S_MAX, window_s * WARM_SHARE)
+    _load(here, like, steps=rate * (min(LOADED_AHEAD_S, window_s) + warm_s + 1) * MARGIN)
+    time.sleep(warm_s)
     with ExitStack() as stack:
         looks = [_look(here, workers)]
         for number in range(1, max(2, round(window_s / bucket_s)) + 1):
@@ -109,7 +112,7 @@ def _top_up(here: Scene, like: Flow, looks: list[Look], *, rest_s: float) -> Non
     (earlier_s, earlier, _), (at_s, steps, _) = looks[-2:]
     rate = (steps - earlier) / (at_s - earlier_s)
     if here.flows_made * like.of - steps < rate * min(rest_s, 2 * (at_s - earlier_s)):
-        _load(here, like, steps=rate * rest_s * MARGIN)
+        _load(here, like, steps=rate * min(rest_s, LOADED_AHEAD_S) * MARGIN)
 
 
 def _look(here: Scene, workers: Workers) -> Look:
