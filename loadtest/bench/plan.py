@@ -17,7 +17,7 @@ from durable_cluster.loadtest.bench.work import TEN_STEPS, Flow
 from durable_cluster.loadtest.peers.base import System
 
 OURS = "ours"
-PEERS = ("dbos", "procrastinate", "pgqueuer", "skip_locked")
+PEERS = ("dbos", "absurd", "procrastinate", "pgqueuer", "skip_locked")
 VARIANTS = ("status_row_set", "status_row_pipelined", OURS, "ours_dedup", "ours_status")
 WORKLOADS = ("W1", "W2", "W4", "W5", "W6", "W7", "W8")
 MODULES = MappingProxyType(
@@ -32,6 +32,7 @@ MODULES = MappingProxyType(
         "status_row_set": "status_row:StatusRowSet",
         "status_row_pipelined": "status_row:StatusRowPipelined",
         "dbos": "dbos:Dbos",
+        "absurd": "absurd:Absurd",
         "procrastinate": "procrastinate:Procrastinate",
         "pgqueuer": "pgqueuer:PgQueuer",
     }
@@ -148,7 +149,7 @@ def _episodes(scale: Scale, systems: Sequence[str]) -> Iterable[Job]:
 
         yield job("W8", episodes.starts, seconds=scale.starts_s)
         yield job("W2", episodes.lone, seconds=scale.seconds)
-        if name in (OURS, "skip_locked", "dbos") and "W2" not in kind.lacks:
+        if name in (OURS, "skip_locked", "dbos", "absurd") and "W2" not in kind.lacks:
             yield job(
                 "W2", episodes.chain, HELD, seconds=scale.held_s / 3, held_s=scale.held_s, bucket_s=scale.bucket_s
             )

@@ -1,8 +1,9 @@
 """Workloads W1 and W3: a backlog of ten-step flows, steps counted while it is worked off, and what they cost.
 
 The backlog is loaded before the clock starts, and is larger than what can be done while it runs, or in a minute and a half: a
-longer run loads more as it goes. The clock is a window: steps counted in it, cost and rows in it. Beside a held snapshot the window has two parts, the snapshot is taken between them and
-kept; the drift is what the last third of the second part has lost against the first part.
+longer run loads more as it goes. The clock is a window: steps counted in it, cost and rows in it. Beside a held snapshot the
+window has two parts, the snapshot is taken between them and kept; the drift is what the last third of the second part has lost
+against the first part.
 """
 
 from __future__ import annotations
