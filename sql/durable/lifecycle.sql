@@ -12,33 +12,48 @@ begin
 end
 $$;
 
--- durable.checked_payload(payload): one line of valid JSON within the limit, else DC002.
+-- durable.checked_payloads(payloads): each one line of valid JSON within the limit, else DC002.
 -- In valid JSON a raw newline stands only between tokens, so a space may take its place.
-create or replace function durable.checked_payload(i_payload text) returns text
+create or replace function durable.checked_payloads(i_payloads text[]) returns text[]
 language plpgsql stable
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_max int := (select c.payload_bytes_max from durable.cluster c);
+    v_parsed json;
 begin
-    if octet_length(i_payload) > v_max then
-        raise exception 'the payload has % bytes, the limit is %; store it elsewhere and pass a reference',
-            octet_length(i_payload), v_max using errcode = 'DC002';
-    end if;
-    perform i_payload::json;
-    return translate(i_payload, E'\n\r', '  ');
+    for v_n in 1 .. coalesce(cardinality(i_payloads), 0) loop
+        if octet_length(i_payloads[v_n]) > v_max then
+            raise exception 'the payload has % bytes, the limit is %; store it elsewhere and pass a reference',
+                octet_length(i_payloads[v_n]), v_max using errcode = 'DC002';
+        end if;
+        v_parsed := i_payloads[v_n];
+        i_payloads[v_n] := translate(i_payloads[v_n], E'\n\r', '  ');
+    end loop;
+    return i_payloads;
 exception when invalid_text_representation then
     raise exception 'the payload is not JSON: %', sqlerrm using errcode = 'DC002';
 end
 $$;
 
+-- durable.checked_payload(payload): the same for one.
+create or replace function durable.checked_payload(i_payload text) returns text
+language sql stable
+as $$ select (durable.checked_payloads(array[i_payload]))[1] $$;
+
 -- durable.line(…): the envelope of one step event. Names are checked, ids are hex, the state is JSON: nothing needs escaping.
+-- What stands between id and state is the same for many: durable.line_middle.
+create or replace function durable.line_middle(i_seq int, i_workflow text, i_step text, i_version int) returns text
+language sql immutable
+as $$ select '","n":' || i_seq || ',"f":"' || i_workflow || '","s":"' || i_step || '","v":' || i_version || ',"d":' $$;
+
+create or replace function durable.line(i_id uuid, i_middle text, i_state text) returns text
+language sql immutable
+as $$ select '{"w":"' || encode(uuid_send(i_id), 'hex') || i_middle || i_state || '}' $$;
+
 create or replace function durable.line(i_id uuid, i_seq int, i_workflow text, i_step text, i_version int, i_state text) returns text
 language sql immutable
-as $$
-    select '{"w":"' || encode(uuid_send(i_id), 'hex') || '","n":' || i_seq || ',"f":"' || i_workflow || '","s":"' || i_step
-        || '","v":' || i_version || ',"d":' || i_state || '}'
-$$;
+as $$ select durable.line(i_id, durable.line_middle(i_seq, i_workflow, i_step, i_version), i_state) $$;
 
 -- durable.append(shard, lines, n): one event of n lines; wakes the shard if it sleeps.
 -- The engine assigns the transaction id before it resolves the table (see insert_event).
@@ -61,14 +76,12 @@ create or replace function durable.append_lines(i_ids uuid[], i_lines text[]) re
 language sql volatile
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    select durable.append(c.shard, c.lines, c.n::int) from (
-        select l.shard, string_agg(l.line, E'\n' order by l.row) lines, count(*) n from (
-            select s.shard, q.line, row_number() over w as row, sum(octet_length(q.line)) over w as bytes
-            from unnest(i_ids, i_lines) with ordinality q(id, line, o)
-            join durable.slot s on s.slot = durable.slot_of(q.id)
-            window w as (partition by s.shard order by q.o)) l
-        group by l.shard, (l.row - 1) / 1000, l.bytes / 1048576
-        order by l.shard) c
+    select durable.append(c.shard, array_to_string(c.lines, E'\n'), cardinality(c.lines)) from (
+        select a.shard, a.lines[first : first + a.size - 1] as lines from (
+            select s.shard, array_agg(q.line) lines, greatest(1, least(1000, 1048576 / max(octet_length(q.line)))) size
+            from unnest(i_ids, i_lines) q(id, line) join durable.slot s on s.slot = durable.slot_of(q.id)
+            group by s.shard) a, generate_series(1, cardinality(a.lines), a.size) first
+        order by a.shard, first) c
 $$;
 
 -- durable.start(…): one workflow, in the caller's transaction, at any isolation level.
@@ -138,20 +151,18 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    v_ids uuid[];
-    v_inputs text[] := string_to_array(i_inputs, E'\n');
+    v_inputs text[] := durable.checked_payloads(string_to_array(i_inputs, E'\n'));
+    v_ids uuid[] := array(select durable.new_id() from generate_series(1, cardinality(v_inputs)));
     v_keys text[] := string_to_array(i_keys, E'\n');
-    v_new boolean[];
+    v_new boolean[] := array_fill(true, array[cardinality(v_ids)]);
     v_known uuid[];
+    v_middle text := durable.line_middle(1, i_workflow, i_step, i_version);
     v_after_ms float8 := durable.checked_delay_ms(coalesce(extract(epoch from i_after) * 1000, 0)::float8);
 begin
     perform durable.checked_name('workflow', i_workflow), durable.checked_name('step', i_step);
     if i_keys is not null and cardinality(v_keys) <> cardinality(v_inputs) then
         raise exception '% keys for % inputs; give one a piece', cardinality(v_keys), cardinality(v_inputs) using errcode = 'DC002';
     end if;
-    select array_agg(durable.checked_payload(x.i) order by x.o), array_agg(durable.new_id() order by x.o)
-    into v_inputs, v_ids from unnest(v_inputs) with ordinality x(i, o);
-    v_new := array_fill(true, array[cardinality(v_ids)]);
     if i_keys is not null then
         perform durable.checked_key(k) from unnest(v_keys) k;
         -- Sorted, so that two clients with the same keys wait for each other in one order.
@@ -165,18 +176,16 @@ begin
         v_ids := v_known;
     end if;
     insert into durable.started (id, day, workflow, version, input, key, at)
-    select q.i, durable.day_of(q.i), i_workflow, i_version, q.d, v_keys[q.o], durable.now()
-    from unnest(v_ids, v_inputs, v_new) with ordinality q(i, d, is_new, o) where q.is_new;
+    select q.i, durable.day_of(q.i), i_workflow, i_version, q.d, q.k, durable.now()
+    from unnest(v_ids, v_inputs, v_new, v_keys) q(i, d, is_new, k) where q.is_new;
     if v_after_ms > 0 then
-        perform durable.set_timers(array_agg(q.i), array_agg(1), array_agg(durable.line(q.i, 1, i_workflow, i_step, i_version, q.d)),
-            array_agg(v_after_ms))
+        perform durable.set_timers(array_agg(q.i), array_agg(1), array_agg(durable.line(q.i, v_middle, q.d)), array_agg(v_after_ms))
         from unnest(v_ids, v_inputs, v_new) q(i, d, is_new) where q.is_new;
         return query select q.i, q.n from unnest(v_ids, v_new) with ordinality q(i, n, o) order by q.o;
         return;
     end if;
-    perform durable.append_lines(array_agg(q.i order by q.o),
-            array_agg(durable.line(q.i, 1, i_workflow, i_step, i_version, q.d) order by q.o))
-    from unnest(v_ids, v_inputs, v_new) with ordinality q(i, d, is_new, o) where q.is_new;
+    perform durable.append_lines(array_agg(q.i), array_agg(durable.line(q.i, v_middle, q.d)))
+    from unnest(v_ids, v_inputs, v_new) q(i, d, is_new) where q.is_new;
     return query select q.i, q.n from unnest(v_ids, v_new) with ordinality q(i, n, o) order by q.o;
 end
 $$;

@@ -1,8 +1,9 @@
--- durable.new_id(): a capability of 112 random bits followed by the 16 bits of its start day.
+-- durable.new_id(): a capability of 112 random bits followed by the 16 bits of its start day. The bits are those of a random UUID
+-- without the two bytes that say which kind of UUID it is.
 create or replace function durable.new_id() returns uuid
 language sql volatile
 as $$
-    select (encode(substr(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 1, 14), 'hex')
+    select (encode(overlay(overlay(uuid_send(gen_random_uuid()) placing '' from 9 for 1) placing '' from 7 for 1), 'hex')
         || lpad(to_hex(durable.today()), 4, '0'))::uuid
 $$;
 
