@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -17,7 +16,7 @@ from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
-from durable_cluster.settings import NAME_PATTERN, Settings
+from durable_cluster.settings import Settings, checked_name
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -210,6 +209,7 @@ class App:
         self.name = checked_name("app", name)
         self.settings = settings or Settings()
         self.machines: dict[str, Machine] = {}
+        self.secret: bytes | None = None
         self.client = Client(dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state)
 
     def machine(self, name: str, *, state: Any = Any, version: int = 1) -> Machine:
@@ -252,13 +252,6 @@ class App:
     def close(self) -> None:
         """Close this app's connections; the local Postgres stops with its last user."""
         self.client.close()
-
-
-def checked_name(what: str, name: str) -> str:
-    """``name`` if it is one. Raises AppError."""
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise AppError(f"{what} name {name[:80]!r} is not of [a-z0-9_.-], 1 to 57 characters")
-    return name
 
 
 def _decoder(of: Any, step: str) -> msgspec.json.Decoder[Any]:

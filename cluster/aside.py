@@ -138,7 +138,7 @@ class Aside:
         self._beside.begin(runs, as_detached=True)
         return len(taken)
 
-    def _resolved(self, envelope: Envelope, crashes: int) -> Task | executor.Result:
+    def _resolved(self, envelope: Envelope, crashes: int) -> Task | executor.Result | None:
         if crashes > self._settings.max_crashes:
             return executor.crashed(envelope, crashes - 1)
         return executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)

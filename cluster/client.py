@@ -19,8 +19,16 @@ from durable_cluster import schema, side_statements, statements
 from durable_cluster.context import short_id
 from durable_cluster.database import CONNECTION_LOST, connect
 from durable_cluster.embedded import EmbeddedPostgres
-from durable_cluster.errors import ConnectionFailed, ResultTimeout, UnknownWorkflow, WorkflowFailed, WorkflowStuck
-from durable_cluster.settings import environment
+from durable_cluster.envelope import encode
+from durable_cluster.errors import (
+    ConnectionFailed,
+    InputError,
+    ResultTimeout,
+    UnknownWorkflow,
+    WorkflowFailed,
+    WorkflowStuck,
+)
+from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
 
 POLL_S_MIN = 0.002
@@ -196,6 +204,29 @@ class Handle:
                 return self._answer(*known)
             await asyncio.sleep(self._pause(pause, deadline, timeout))
         raise AssertionError("unreachable: pauses never end")
+
+    def signal(
+        self,
+        name: str,
+        payload: Any = None,
+        *,
+        key: str | None = None,
+        token: str | None = None,
+        actor: str | None = None,
+        tx: psycopg.Connection[Any] | None = None,
+    ) -> None:
+        """Send a signal (``payload``: JSON) to the workflow, which waits for it now or later; with ``tx`` in that transaction.
+
+        ``key``: of signals with one key the first counts. ``token``: what the wait demands, if it does. ``actor``: who sends it.
+        Raises UnknownWorkflow for a workflow that has ended, and for a wrong or used token; InputError.
+        """
+        checked_name("signal", name)
+        try:
+            encoded = encode(payload)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"the payload of signal '{name}' is not JSON: {error}") from error
+        where = tx if tx is not None else self._client.connection()
+        side_statements.signal(where, self.id, name, encoded.decode(), key=key, token=token, actor=actor)
 
     def retry(self, state: Any = KEPT) -> None:
         """Take a stuck workflow up again where it stopped: the same step, its attempts counted anew, its history kept.

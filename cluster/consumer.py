@@ -65,6 +65,9 @@ class Consumer:
         self._connection = self._connected("starting")
         self._is_notified = False
         self._beside = Beside(settings)
+        secret = side_statements.secret(self._connection)
+        for machine in machines.values():
+            machine.app.secret = secret
         self._pages = PageRunner(self._connection, machines, settings, self._beside)
         self._aside = Aside(
             self._connection, machines, settings, beside=self._beside, pages=self._pages, on_hang=on_hang

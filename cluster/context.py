@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
-from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep, Wait
 from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import AppError, InputError
 from durable_cluster.retry import Retry
+from durable_cluster.settings import checked_name
+from durable_cluster.signals import Signal, signal_of, token, token_seq_of
 
 if TYPE_CHECKING:
     from durable_cluster.app import Machine
@@ -116,6 +118,49 @@ class Context(msgspec.Struct, eq=False, gc=False):
         """
         goto = Goto(self._machine.step_name(then), state, None if retry is None else retry.policy)
         return Sleep(seconds(duration, what="sleep"), goto)
+
+    def wait_for(
+        self,
+        *names: str,
+        then: str | Callable[..., Any],
+        state: Any,
+        timeout: Duration | None = None,
+        on_timeout: str | Callable[..., Any] | None = None,
+        require_token: bool = False,
+        retry: Retry | None = None,
+    ) -> Continuation:
+        """Wait for a signal of one of ``names`` and go on with ``then``, which finds it in ``ctx.signal``.
+
+        One that came earlier is there already. After ``timeout`` it goes on with ``on_timeout``, else with ``then`` and no signal.
+        ``require_token``: only a signal with ``ctx.token`` counts. Raises InputError.
+        """
+        if not names:
+            raise InputError("wait_for needs the name of a signal: ctx.wait_for('approved', then=…, state=…)")
+        for name in names:
+            checked_name("signal", name)
+        if on_timeout is not None and timeout is None:
+            raise InputError("wait_for has on_timeout and no timeout; say how long it waits")
+        policy = None if retry is None else retry.policy
+        goto = Goto(self._machine.step_name(then), state, policy)
+        late = goto if on_timeout is None else Goto(self._machine.step_name(on_timeout), state, policy)
+        timeout_s = None if timeout is None else seconds(timeout, what="timeout")
+        return Wait(names, goto, late, timeout_s, require_token)
+
+    @property
+    def signal(self) -> Signal | None:
+        """The signal that this step was resumed with; None after a timeout, and in steps that waited for none."""
+        return signal_of(self._envelope)
+
+    @property
+    def token(self) -> str:
+        """What a signal must bring to resume the wait that this step begins with ``require_token=True``. Equal for all attempts.
+
+        A secret that works once: whoever has it can answer for the workflow, and needs its id besides.
+        """
+        secret = self._machine.app.secret
+        if secret is None:
+            raise AppError(f"step '{self.step}' has no token here: tokens are made where a cluster runs the step")
+        return token(self._envelope.workflow_id, token_seq_of(self._envelope), secret)
 
     def done(self, output: Any = None) -> Continuation:
         """Complete the workflow; ``output`` (JSON) is what ``result()`` returns."""

@@ -1,4 +1,7 @@
-"""What a step hands on: go to a step, now or after a sleep, be done, or fail. Pure data; the page turns it into rows."""
+"""What a step hands on: go to a step, now, after a sleep or when a signal comes, be done, or fail.
+
+Pure data; the page turns it into rows.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,16 @@ class Sleep(msgspec.Struct, frozen=True, gc=False):
     goto: Goto
 
 
+class Wait(msgspec.Struct, frozen=True, gc=False):
+    """The workflow goes on with ``goto`` when a signal of one of ``names`` comes, with ``late`` after ``timeout_s`` seconds."""
+
+    names: tuple[str, ...]
+    goto: Goto
+    late: Goto
+    timeout_s: float | None
+    requires_token: bool
+
+
 class Done(msgspec.Struct, frozen=True, gc=False):
     """The workflow is completed with ``output``."""
 
@@ -36,4 +49,4 @@ class Fail(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-Continuation = Goto | Sleep | Done | Fail
+Continuation = Goto | Sleep | Wait | Done | Fail

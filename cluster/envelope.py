@@ -40,12 +40,14 @@ class Envelope(
         "unrouted": "u",
         "retry": "r",
         "progress": "p",
+        "event": "e",
     },
 ):
     """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded.
 
     ``granted``: attempts that were spent when a dead letter was taken up again: they count no more. ``unrouted``: how often no
     process knew the step. ``retry``: a policy for this call alone. ``progress``: what the last attempt said, as JSON.
+    ``event``: the signal that the step was resumed with, undecoded; empty without one.
     """
 
     workflow_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
@@ -59,6 +61,7 @@ class Envelope(
     unrouted: Annotated[int, msgspec.Meta(ge=0, le=SEQ_MAX)] = 0
     retry: Policy | None = None
     progress: Any = None
+    event: msgspec.Raw = msgspec.Raw()
 
     @property
     def has_names(self) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 import psycopg
 
 from durable_cluster.context import Context, short_id
-from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep, Wait
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import (
     ConfigurationError,
@@ -23,6 +23,7 @@ from durable_cluster.errors import (
     StepTimeout,
     TerminalError,
 )
+from durable_cluster.signals import SIGNAL, Delivery, Waiting, delivery_of, token_seq_of
 from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     details: dict[str, Any]
 
 
-Result = Envelope | Outcome | Later | DeadLetter
+Result = Envelope | Outcome | Later | Waiting | Delivery | DeadLetter
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
@@ -67,8 +68,8 @@ class Task(msgspec.Struct, frozen=True, gc=False):
     envelope: Envelope
 
 
-def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result:
-    """The task for an envelope.
+def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result | None:
+    """The task for an envelope, or the signal that it is; None for a signal that nobody can have sent.
 
     One that this code knows no handler for waits for a process that does, for ``limit_s`` seconds in all: during a deployment
     old and new code run side by side.
@@ -77,6 +78,8 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
         machine = machines[envelope.workflow]
         return Task(machine, machine.steps[envelope.step], envelope)
     except KeyError:
+        if envelope.workflow == SIGNAL:
+            return delivery_of(envelope)
         return _unrouted(envelope, machines, limit_s)
 
 
@@ -127,11 +130,20 @@ def conclude(task: Task, returned: Continuation) -> Result:
         return Outcome(envelope.workflow_id, "completed", _encoded(task, returned.output).decode())
     if type(returned) is Sleep:
         return Later(_successor(task, returned.goto), returned.seconds)
+    if type(returned) is Wait:
+        return Waiting(
+            _successor(task, returned.goto),
+            _successor(task, returned.late),
+            returned.names,
+            returned.timeout_s,
+            token_seq_of(envelope) if returned.requires_token else None,
+        )
     if type(returned) is Fail:
         return failure(envelope, str(returned.reason))
     raise HandlerError(
         f"step '{envelope.step}' returned {type(returned).__name__};"
-        " return ctx.goto(step, state), ctx.sleep(duration, step, state), ctx.done(output) or ctx.fail(reason)"
+        " return ctx.goto(step, state), ctx.sleep(duration, step, state), ctx.wait_for(signal, then=step, state=…),"
+        " ctx.done(output) or ctx.fail(reason)"
     )
 
 

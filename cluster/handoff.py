@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import psycopg
@@ -27,6 +27,7 @@ from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, enco
 from durable_cluster.errors import HandlerError
 from durable_cluster.executor import DeadLetter, Later, Result, Task
 from durable_cluster.settings import Settings
+from durable_cluster.signals import Delivery, Waiting
 from durable_cluster.statements import Outcome
 
 logger = logging.getLogger("durable_cluster.handoff")
@@ -50,13 +51,14 @@ class Answer(msgspec.Struct, frozen=True):
 
     envelope: Envelope
     shard: int
-    result: Result
+    result: Result | None
 
 
 Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
 
-NOT_IN_THE_LOG = (Later, Detached, DeadLetter)
+NotInTheLog = Later | Detached | Waiting | Delivery | DeadLetter
+NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +194,7 @@ class Handoff:
     def _set_aside(self, shard: int, owner: int, results: list[Slot]) -> None:
         """Write what does not go on in the log: timers, detached steps, dead letters. In the transaction that hands the rest on."""
         for index, slot in enumerate(results):
-            if isinstance(slot, NOT_IN_THE_LOG) and not slot.envelope.is_of_a_workflow:
+            if isinstance(slot, NotInTheLog) and not slot.envelope.is_of_a_workflow:
                 logger.error("a line of the log has no workflow's id; it is passed over")
                 results[index] = None
         if later := [slot for slot in results if isinstance(slot, Later)]:
@@ -207,6 +209,7 @@ class Handoff:
                 envelopes=[slot.envelope for slot in detached],
                 crashes=[slot.crashes for slot in detached],
             )
+        self._set_waiting(results)
         if dead := [slot for slot in results if isinstance(slot, DeadLetter)]:
             side_statements.bury(
                 self._connection,
@@ -218,6 +221,18 @@ class Handoff:
                 of = slot.envelope
                 short = short_id(of.workflow_id)
                 logger.warning("step '%s' of '%s' %s… is a dead letter (%s)", of.step, of.workflow, short, slot.reason)
+
+    def _set_waiting(self, results: list[Slot]) -> None:
+        """Waits and signals, which exclude each other; all stripes are locked at once, in one order."""
+        waiting = [slot for slot in results if isinstance(slot, Waiting)]
+        deliveries = [slot for slot in results if isinstance(slot, Delivery)]
+        if waiting and deliveries:
+            envelopes = [slot.envelope for slot in waiting] + [slot.envelope for slot in deliveries]
+            side_statements.lock_stripes(self._connection, [one.workflow_id for one in envelopes])
+        if waiting:
+            side_statements.await_signals(self._connection, waiting)
+        if deliveries and (dropped := side_statements.deliver(self._connection, deliveries)):
+            logger.warning("%d signals were dropped: their workflows have ended, or their mailboxes are full", dropped)
 
     def _run(self, task: Slot, index: int) -> Result:
         """Run one transactional step. Raises StepFailed, or Conflict where it is nobody's fault."""

@@ -16,6 +16,7 @@ from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Task
 from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
 from durable_cluster.settings import Settings
+from durable_cluster.signals import Delivery
 
 if TYPE_CHECKING:
     from durable_cluster.app import Machine
@@ -117,7 +118,7 @@ class PageRunner:
             logger.error("a line of the log is no step event; it is passed over")
             return None
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
-        if not isinstance(task, Task) and not envelope.has_names:
+        if task is None or not (isinstance(task, Task | Delivery) or envelope.has_names):
             return self._begin(None)
         if not isinstance(task, Task) or not task.step.is_inline:
             return task

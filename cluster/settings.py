@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
 
-from durable_cluster.errors import ConfigurationError
+from durable_cluster.errors import AppError, ConfigurationError
 
 SHARDS_MAX = 64
 RETENTION_DAYS_MAX = 36_500
@@ -75,6 +76,13 @@ def environment() -> Environment:
         or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
         or None,
     )
+
+
+def checked_name(what: str, name: str) -> str:
+    """``name`` if it is one. Raises AppError."""
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        raise AppError(f"{what} name {str(name)[:80]!r} is not of [a-z0-9_.-], 1 to 57 characters")
+    return name
 
 
 def checked_shards(shards: int) -> int:

@@ -1,11 +1,13 @@
-"""One Python function for each SQL function about what is not in the log: timers, detached steps, dead letters."""
+"""One Python function for each SQL function about what is not in the log: timers, waits, detached steps, dead letters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, LiteralString
 
 from durable_cluster.envelope import Envelope, encode_line
 from durable_cluster.errors import translated
+from durable_cluster.signals import Delivery, Waiting
 from durable_cluster.statements import Connection, plain_cursor
 
 
@@ -28,6 +30,64 @@ def next_due(connection: Connection) -> float | None:
     with translated():
         row = plain_cursor(connection).execute("select durable.next_due()").fetchone()
     return None if row is None or row[0] is None else float(row[0])
+
+
+def signal(
+    tx: Connection, workflow_id: str, name: str, payload: str, *, key: str | None, token: str | None, actor: str | None
+) -> None:
+    """Send a signal (``payload``: JSON), in the transaction of ``tx``. Raises UnknownWorkflow, InputError."""
+    with translated():
+        plain_cursor(tx).execute(
+            "select durable.signal(%s::uuid, %s, %s, %s, %s, %s)", (workflow_id, name, payload, key, token, actor)
+        )
+
+
+def secret(connection: Connection) -> bytes:
+    """What tokens are made with. For worker processes."""
+    with translated():
+        row = plain_cursor(connection).execute("select durable.secret()").fetchone()
+    assert row is not None
+    return bytes(row[0])
+
+
+def lock_stripes(tx: Connection, workflow_ids: Sequence[str]) -> None:
+    """Exclude everybody else's waits and signals of these workflows until ``tx`` ends."""
+    with translated():
+        plain_cursor(tx).execute("select durable.lock_stripes(%s::uuid[])", (list(workflow_ids),))
+
+
+def await_signals(tx: Connection, waiting: Sequence[Waiting]) -> None:
+    """Workflows that wait from now on, or go on with a signal that is there already. In the transaction of their page."""
+    columns = (
+        [one.envelope.workflow_id for one in waiting],
+        [one.envelope.seq for one in waiting],
+        [",".join(one.names) for one in waiting],
+        [encode_line(one.envelope) for one in waiting],
+        [encode_line(one.late) for one in waiting],
+        ["" if one.timeout_s is None else f"{one.timeout_s * 1000:.3f}" for one in waiting],
+        ["" if one.token_seq is None else one.token_seq for one in waiting],
+    )
+    _call_with_columns(tx, "await_signals", columns)
+
+
+def deliver(tx: Connection, deliveries: Sequence[Delivery]) -> int:
+    """Signals that have reached the page of their workflows' shard; how many were dropped."""
+    columns = (
+        [one.envelope.workflow_id for one in deliveries],
+        [one.envelope.step for one in deliveries],
+        [one.event for one in deliveries],
+        [one.key for one in deliveries],
+        ["" if one.token_seq is None else one.token_seq for one in deliveries],
+    )
+    return int(_call_with_columns(tx, "deliver", columns))
+
+
+def _call_with_columns(tx: Connection, function: LiteralString, columns: Sequence[Sequence[object]]) -> Any:
+    """A function that takes columns as texts, a value a line."""
+    texts = ["\n".join(map(str, column)) for column in columns]
+    with translated():
+        row = plain_cursor(tx).execute(f"select durable.{function}({', '.join(['%s'] * len(texts))})", texts).fetchone()
+    return row[0] if row else None
 
 
 def detach(

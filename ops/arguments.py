@@ -69,6 +69,8 @@ def parser() -> Parser:
     run.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so many seconds (implies --wait)")
     _add_app(run)
 
+    _add_signal(command("signal", "send a signal to a workflow that waits for it, or will"))
+
     command("status", "show the cluster, shard by shard")
 
     list_ = command("list", "list workflows, newest first")
@@ -105,6 +107,20 @@ def _add_command(commands: Commands, name: str, help_: str) -> Parser:
     made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
     made.add_argument("--json", action="store_true", help="answer with one JSON document")
     return made
+
+
+def _add_signal(signal: Parser) -> None:
+    signal.add_argument("id", metavar="ID", help="the whole id, as 'run' printed it")
+    signal.add_argument("name", metavar="NAME", help="what the workflow waits for")
+    signal.add_argument(
+        "--payload",
+        default="null",
+        metavar="JSON|@FILE",
+        help="what comes with it (default null; @- is standard input)",
+    )
+    signal.add_argument("--key", help="of signals with the same key the first counts")
+    signal.add_argument("--token", help="the token of the wait, if it demands one")
+    signal.add_argument("--actor", metavar="WHO", help="who sends it")
 
 
 def _add_bench(commands: Commands) -> None:

@@ -24,6 +24,7 @@ from durable_cluster.ops import (
     run,
     running,
     show,
+    signal,
     start,
     status,
 )
@@ -81,6 +82,19 @@ def _refusal(error: psycopg.Error) -> str:
 def _failed(text: str, code: int) -> int:
     Terminal().error(text)
     return code
+
+
+def _signal(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return signal.signal(
+        terminal,
+        target,
+        workflow_id=options.id,
+        name=options.name,
+        text=options.payload,
+        key=options.key,
+        token=options.token,
+        actor=options.actor,
+    )
 
 
 def _start(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
@@ -172,6 +186,7 @@ COMMANDS: Mapping[str, Command] = {
     "init": _init,
     "uninstall": _uninstall,
     "run": _run,
+    "signal": _signal,
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),

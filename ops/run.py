@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 
 from durable_cluster import schema
-from durable_cluster.app import Machine, checked_name
+from durable_cluster.app import Machine
 from durable_cluster.client import Handle
 from durable_cluster.context import short_id
 from durable_cluster.errors import DurableError, ResultTimeout, WorkflowFailed, WorkflowStuck
 from durable_cluster.ops.start import EXAMPLES, loaded
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import BadUsage, Terminal, pretty
+from durable_cluster.settings import checked_name
 
 START_MANY = 1_000
 INPUT_BYTES_MAX = 64 << 20

@@ -130,9 +130,11 @@ def _lines(shown: Shown) -> list[str]:
 
 def _standing(place: Place) -> str:
     at = f"at step {place.seq} '{place.step}', shard {place.shard}"
+    until = "" if place.due is None else f" until {moment(datetime.fromisoformat(place.due))}"
     if place.place == "sleeping":
-        until = "" if place.due is None else f" until {moment(datetime.fromisoformat(place.due))}"
         return f"sleeping{until}, then {at[3:]}"
+    if place.place == "waiting":
+        return f"waiting for a signal{until}, then {at[3:]}"
     if place.place == "detached":
         return f"{'waiting for room beside the pages' if place.owner_is_silent else 'running beside the pages'} {at}"
     silent = ", whose consumer is gone: another takes it over" if place.owner_is_silent else ""

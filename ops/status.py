@@ -80,7 +80,8 @@ def _aside(of: Asides) -> str:
     dead = f"{_upto(of.dead_letters)} {letters}" + (
         "; see 'durable-cluster dead-letters list'" if of.dead_letters else ""
     )
-    return f"{_upto(of.sleeping)} asleep{due}; {_upto(of.running)} slow steps running{waiting}; {dead}"
+    signals = f"; {_upto(of.awaiting)} waiting for a signal" if of.awaiting else ""
+    return f"{_upto(of.sleeping)} asleep{due}{signals}; {_upto(of.running)} slow steps running{waiting}; {dead}"
 
 
 def _upto(count: int) -> str:

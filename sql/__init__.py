@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-MIGRATIONS = ("001_engine", "002_durable", "003_survival")
+MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits")
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (
     *("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover"),
-    *("timers", "detached", "dead_letters"),
+    *("timers", "detached", "dead_letters", "signals"),
     *("maintain", "retention", "views", "grants"),
 )
 

@@ -90,6 +90,18 @@ def conn(dsn: str) -> Iterator[psycopg.Connection]:
 
 
 @pytest.fixture
+def clock(conn: psycopg.Connection) -> Callable[[float], None]:
+    """From now on durable.now() is the real time plus what is set, in seconds; outside MVCC, for all sessions at once."""
+    conn.execute("create sequence durable.offset_ms minvalue -9000000000000")
+    conn.execute("select setval('durable.offset_ms', 0)")
+    conn.execute(
+        "create or replace function durable.now() returns timestamptz language sql volatile as"
+        " $$ select clock_timestamp() + last_value * interval '1 ms' from durable.offset_ms $$"
+    )
+    return lambda offset_s: conn.execute("select setval('durable.offset_ms', %s)", (int(offset_s * 1000),)) and None
+
+
+@pytest.fixture
 def eventually() -> Callable[..., None]:
     """``eventually(condition, seconds=10)``: wait until it is true; fail when the deadline passes. Never a bare sleep."""
 

@@ -58,22 +58,6 @@ def one(conn: Connection, query: str, *arguments: object) -> Any:
     return row[0]
 
 
-def settable_clock(conn: Connection) -> Callable[[float], None]:
-    """From now on durable.now() is the real time plus what is set, in seconds; outside MVCC, for all sessions at once."""
-    conn.execute("create sequence durable.offset_ms minvalue -9000000000000")
-    conn.execute("select setval('durable.offset_ms', 0)")
-    conn.execute(
-        "create or replace function durable.now() returns timestamptz language sql volatile as"
-        " $$ select clock_timestamp() + last_value * interval '1 ms' from durable.offset_ms $$"
-    )
-    return lambda offset_s: conn.execute("select setval('durable.offset_ms', %s)", (int(offset_s * 1000),)) and None
-
-
-@pytest.fixture
-def clock(conn: Connection) -> Callable[[float], None]:
-    return settable_clock(conn)
-
-
 def sweep(conn: Connection) -> int:
     return side_statements.sweep(conn)
 

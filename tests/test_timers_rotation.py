@@ -66,18 +66,6 @@ def _without_autovacuum(conn: Connection) -> None:
         conn.execute(f"alter table durable.timer_{number} set (autovacuum_enabled = off)")
 
 
-@pytest.fixture
-def clock(conn: Connection) -> Callable[[float], None]:
-    """Adds so many seconds to durable.now(); outside MVCC, for all sessions at once."""
-    conn.execute("create sequence durable.offset_ms minvalue -9000000000000")
-    conn.execute("select setval('durable.offset_ms', 0)")
-    conn.execute(
-        "create or replace function durable.now() returns timestamptz language sql volatile as"
-        " $$ select clock_timestamp() + last_value * interval '1 ms' from durable.offset_ms $$"
-    )
-    return lambda offset_s: conn.execute("select setval('durable.offset_ms', %s)", (int(offset_s * 1000),)) and None
-
-
 def test_timers_of_a_year_outlive_a_thousand_rotations(conn: Connection, clock: Callable[[float], None]) -> None:
     schedule(conn, {1: YEAR_S, 2: 30})
     swept(conn)

@@ -28,6 +28,10 @@ begin
                 octet_length(i_payloads[v_n]), v_max using errcode = 'DC002';
         end if;
         v_parsed := i_payloads[v_n];
+        if i_payloads[v_n] ~ '\\u[dD][89a-fA-F]' then
+            -- Half a surrogate pair passes as json; no worker could read the step event. jsonb refuses it, but also \u0000, which is fine.
+            perform replace(i_payloads[v_n], '\u0000', '')::jsonb;
+        end if;
         i_payloads[v_n] := translate(i_payloads[v_n], E'\n\r', '  ');
     end loop;
     return i_payloads;

@@ -52,6 +52,7 @@ begin
     if durable.forget_keys(i_day, v_kept, i_rows_max) = i_rows_max then
         return false;
     end if;
+    perform durable.forget_signals(array(select i from durable.of_signals(i_day) i where i <> all (v_kept)));
     foreach v_name in array v_names loop
         execute format('alter table durable.%1$s detach partition durable.%1$s_%2$s', v_name, i_day);
     end loop;
@@ -91,6 +92,7 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_gone int;
+    v_ids uuid[];
 begin
     with ended as (
         delete from durable.finished_default f
@@ -102,7 +104,8 @@ begin
     ), keys as (
         delete from durable.key k using begun b where k.workflow = b.workflow and k.key = b.key and k.id = b.id
     )
-    select count(*) into v_gone from ended;
+    select count(*), array_agg(e.id) into v_gone, v_ids from ended e;
+    perform durable.forget_signals(v_ids);
     return v_gone;
 end
 $$;

@@ -25,7 +25,7 @@ declare
 begin
     insert into durable.wait (id, seq, line, due, since)
     select q.id, q.seq, q.line, v_now + make_interval(secs => q.ms / 1000), durable.now()
-    from unnest(i_ids, i_seqs, i_lines, i_delays_ms) q(id, seq, line, ms) where q.ms > v_long_ms
+    from unnest(i_ids, i_seqs, i_lines, i_delays_ms) q(id, seq, line, ms) where q.ms > v_long_ms and q.line is not null
     -- The same step twice can only have been put into the log by hand: that must not stop its page.
     on conflict do nothing;
     execute 'insert into durable.timer_' || (select c.current from durable.timer_control c) || ' (due, workflow_id, seq, line)'
