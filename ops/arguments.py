@@ -144,7 +144,13 @@ def _add_bench(commands: Commands) -> None:
         metavar="DIR",
         help="binaries of a Postgres; may be repeated",
     )
-    bench.add_argument("--render", type=Path, metavar="DIR", help="measure nothing; write the report there anew")
+    bench.add_argument(
+        "--render",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="measure nothing; write the report there anew, with what further reports have beside it",
+    )
 
 
 def _add_dead_letters(commands: Commands) -> None:

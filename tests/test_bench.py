@@ -132,6 +132,17 @@ def test_the_page_says_of_every_criterion_what_was_found(
     assert f"`synchronous_commit = {run.environment.settings['synchronous_commit']}`" in page
     assert report.read(tmp_path) == [run]
 
+    soak = Cell(system="ours", workload="W1", condition="soak", metric="steps/s", value=4.0, unit="steps/s")
+    again = msgspec.structs.replace(results.cells[0], value=4.0)
+    later = msgspec.structs.replace(
+        run, results=Results(cells=[again, soak]), command="durable-cluster bench --soak 3600"
+    )
+    both = report.joined([run, later])
+    assert [one.results.cells for one in both] == [[*results.cells, soak]]
+    page = report.write(tmp_path, both).read_text("utf-8")
+    assert "Made by `durable-cluster bench`, and `durable-cluster bench --soak 3600` (commit " in page
+    assert "| durable-cluster | soak | 4.00 |" in page
+
 
 def test_the_harness_is_not_counted_among_what_it_measures(dsn: str) -> None:
     with meters.session(dsn) as own, psycopg.connect(dsn) as other:

@@ -43,8 +43,8 @@ def bench(terminal: Terminal, options: argparse.Namespace) -> int:
     _check(options)
     logging.basicConfig(level="ERROR")
     if options.render is not None:
-        runs = report.read(options.render)
-        folder = options.render
+        runs = report.joined(run for folder in options.render for run in report.read(folder))
+        folder = options.render[0]
     else:
         runs = [_run(terminal, options, bin_dir) for bin_dir in options.pg_bin or [None]]
         folder = options.out

@@ -47,7 +47,7 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that was measured on one server."""
+    """Everything that was measured on one server. ``also``: commands that added to it, each with its commit."""
 
     environment: Environment
     durable: Report
@@ -55,6 +55,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     systems: list[Named]
     results: Results
     command: str
+    also: list[tuple[str, str]] = []
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -87,6 +88,30 @@ def read(folder: Path) -> list[Run]:
     return msgspec.json.decode((folder / RUN).read_bytes(), type=list[Run])
 
 
+def joined(runs: Iterable[Run]) -> list[Run]:
+    """One run a server's version: the first, with what it has not measured from those after it. So a long run is made in parts."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        version = run.environment.postgres_version
+        found[version] = _extended(found[version], run) if version in found else run
+    return list(found.values())
+
+
+def _extended(run: Run, by: Run) -> Run:
+    known = {(cell.system, cell.workload, cell.condition) for cell in run.results.cells}
+    return msgspec.structs.replace(
+        run,
+        results=Results(
+            cells=run.results.cells
+            + [one for one in by.results.cells if (one.system, one.workload, one.condition) not in known],
+            points=run.results.points
+            + [one for one in by.results.points if (one.system, one.workload, one.condition) not in known],
+        ),
+        systems=run.systems + [one for one in by.systems if one.name not in run.called([one.name])],
+        also=[*run.also, (by.command, by.environment.commit or "unknown"), *by.also],
+    )
+
+
 def _page(runs: Sequence[Run], drawn: set[str]) -> Iterable[str]:
     main = runs[0]
     where = main.environment
@@ -97,7 +122,8 @@ def _page(runs: Sequence[Run], drawn: set[str]) -> Iterable[str]:
         f" {where.cores} × {where.processor}, {where.memory_gib:g} GiB, {where.disk}. One machine runs the server, the workers and"
         " the harness."
     )
-    yield f"Made by `{main.command}`; every figure stands in the CSV files beside this page."
+    also = "".join(f", and `{command}` (commit {commit[:12]})" for command, commit in main.also)
+    yield f"Made by `{main.command}`{also}; every figure stands in the CSV files beside this page."
     yield from _section("Verdicts", _verdicts(main))
     if "held-snapshot" in drawn:
         yield from _section("Beside a held snapshot", _held(main, drawn))
