@@ -23,6 +23,7 @@ from durable_cluster.errors import (
     StepTimeout,
     TerminalError,
     UnknownWorkflow,
+    WorkflowCancelled,
     WorkflowFailed,
     WorkflowStuck,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "StepTimeout",
     "TerminalError",
     "UnknownWorkflow",
+    "WorkflowCancelled",
     "WorkflowFailed",
     "WorkflowStuck",
     "short_id",

@@ -54,6 +54,7 @@ class Machine:
         self.version = version
         self.steps: dict[str, Step] = {}
         self.first: Step | None = None
+        self.on_cancel: Step | None = None
         self._state = state
         self._names: dict[str | Callable[..., Any], str] = {}
 
@@ -61,6 +62,7 @@ class Machine:
         self,
         *,
         start: bool = False,
+        on_cancel: bool = False,
         transactional: bool = False,
         blocking: bool = False,
         retry: Retry | None = None,
@@ -71,6 +73,7 @@ class Machine:
 
         The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns
         ``ctx.goto(step, state)``, ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here.
+        ``on_cancel``: it runs in place of the next step of a cancelled workflow, with that step's state, and may go on to others.
         ``transactional``: it runs inside the transaction that hands the workflow on, with ``ctx.tx``. ``blocking``: a ``def`` that
         waits (for files, sockets, a subprocess) and runs in a thread. ``retry``: what happens when it raises (5 attempts).
         ``timeout``: how long one attempt may take (5 minutes). Raises AppError for a signature that cannot be called, InputError
@@ -95,6 +98,10 @@ class Machine:
                 raise AppError(
                     f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True"
                 )
+            if on_cancel and self.on_cancel is not None:
+                raise AppError(
+                    f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
+                )
             step = Step(
                 name=step_name,
                 handler=function,
@@ -109,6 +116,8 @@ class Machine:
             self._names[function] = self._names[step_name] = step_name
             if start:
                 self.first = step
+            if on_cancel:
+                self.on_cancel = step
             return function
 
         return register

@@ -85,6 +85,7 @@ class Aside:
             if now >= self._report_at:
                 self._report_at = now + REPORT_S
                 self._report()
+                self._end_taken()
             if now >= self._keep_at:
                 self._keep_at = now + self._settings.dead_interval_s / 4
                 statements.heartbeat(self.connection, [self.owner])
@@ -160,6 +161,13 @@ class Aside:
             self._beside.drop([run])
             result = executor.failed(run.task, executor.timed_out(run.task), run.context)
             self._answers.append(Answer(envelope, run.shard, result))
+
+    def _end_taken(self) -> None:
+        """Steps whose rows a cancel or another process has taken run for nothing."""
+        running = {run.key: run for run in self._beside.detached() if run.is_recorded}
+        if running:
+            gone = side_statements.taken_away(self.connection, self.owner, list(running))
+            self._beside.drop(running[key] for key in gone)
 
     def _report(self) -> None:
         said: dict[str, Run] = {}

@@ -25,6 +25,7 @@ from durable_cluster.errors import (
     InputError,
     ResultTimeout,
     UnknownWorkflow,
+    WorkflowCancelled,
     WorkflowFailed,
     WorkflowStuck,
 )
@@ -178,14 +179,14 @@ class Handle:
         return state
 
     def status(self) -> str:
-        """'running', 'stuck' (it has a dead letter), 'completed' or 'failed'."""
+        """'running', 'stuck' (it has a dead letter), 'completed', 'failed' or 'cancelled'."""
         return self.state().status
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end, at most ``timeout`` seconds, and return the output (plain JSON values).
 
-        Raises WorkflowFailed, ResultTimeout, and WorkflowStuck while a dead letter stands for it. Reads only: every 2 to 20 ms for
-        the first second, then up to every 250 ms. A server that is away for less than 30 s is waited for.
+        Raises WorkflowFailed, WorkflowCancelled, ResultTimeout, and WorkflowStuck while a dead letter stands for it. Reads only:
+        every 2 to 20 ms for the first second, then up to every 250 ms. A server that is away for less than 30 s is waited for.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for pause in _pauses():
@@ -227,6 +228,17 @@ class Handle:
             raise InputError(f"the payload of signal '{name}' is not JSON: {error}") from error
         where = tx if tx is not None else self._client.connection()
         side_statements.signal(where, self.id, name, encoded.decode(), key=key, token=token, actor=actor)
+
+    def cancel(
+        self, reason: str = "cancelled", *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None
+    ) -> bool:
+        """Ask the workflow to end: its ``on_cancel`` step runs in place of its next one. Whether it lived.
+
+        Reaches steps that are queued, sleeping, waiting, running beside the pages, and dead letters; a step that runs in its page
+        ends first. With ``tx`` the cancel is sent in that transaction. Raises UnknownWorkflow, InputError.
+        """
+        where = tx if tx is not None else self._client.connection()
+        return side_statements.cancel(where, self.id, reason=reason, actor=actor)
 
     def retry(self, state: Any = KEPT) -> None:
         """Take a stuck workflow up again where it stopped: the same step, its attempts counted anew, its history kept.
@@ -279,6 +291,11 @@ class Handle:
         reason, step = value.get("reason", "unknown"), value.get("step", "?")
         if status == "stuck":
             raise WorkflowStuck(self._stuck(reason, step, value.get("attempt", 1)), reason=reason)
+        if status == "cancelled":
+            raise WorkflowCancelled(
+                f"workflow {short_id(self.id)}… ('{self.workflow}') was cancelled before step '{step}': {reason}",
+                reason=reason,
+            )
         raise WorkflowFailed(
             f"workflow {short_id(self.id)}… ('{self.workflow}') failed in step '{step}': {reason}", reason=reason
         )

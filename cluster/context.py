@@ -152,6 +152,11 @@ class Context(msgspec.Struct, eq=False, gc=False):
         return signal_of(self._envelope)
 
     @property
+    def cancelled(self) -> str | None:
+        """Why the workflow was cancelled, in the steps of its cleanup; None in all others."""
+        return self._envelope.cancelled or None
+
+    @property
     def token(self) -> str:
         """What a signal must bring to resume the wait that this step begins with ``require_token=True``. Equal for all attempts.
 

@@ -41,6 +41,7 @@ class Envelope(
         "retry": "r",
         "progress": "p",
         "event": "e",
+        "cancelled": "c",
     },
 ):
     """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded.
@@ -48,6 +49,7 @@ class Envelope(
     ``granted``: attempts that were spent when a dead letter was taken up again: they count no more. ``unrouted``: how often no
     process knew the step. ``retry``: a policy for this call alone. ``progress``: what the last attempt said, as JSON.
     ``event``: the signal that the step was resumed with, undecoded; empty without one.
+    ``cancelled``: why the workflow was cancelled, in the steps of its cleanup.
     """
 
     workflow_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
@@ -62,6 +64,7 @@ class Envelope(
     retry: Policy | None = None
     progress: Any = None
     event: msgspec.Raw = msgspec.Raw()
+    cancelled: str = ""
 
     @property
     def has_names(self) -> bool:
@@ -83,6 +86,7 @@ class Header(msgspec.Struct, frozen=True):
     """The first line of a page's text: see ``durable.page``. ``events``: their transaction and event ids.
 
     ``suspects``: so many lines from here on run one by one, because a process died with one of them.
+    ``cancelled``: which of their workflows are, and why.
     """
 
     batch: int
@@ -91,6 +95,7 @@ class Header(msgspec.Struct, frozen=True):
     done: tuple[str, int, int]
     last: bool
     events: list[tuple[str, int]]
+    cancelled: dict[str, str] = {}
 
 
 class AmbiguousPage(Exception):

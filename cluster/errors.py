@@ -15,6 +15,7 @@ DurableError
 ├── StepTimeout               a step did not end within its timeout
 ├── TerminalError             what a step raises to end its workflow: no retry, no dead letter
 ├── WorkflowFailed            what ``result()`` raises for a failed workflow
+│   └── WorkflowCancelled     … for one that was cancelled
 ├── WorkflowStuck             what ``result()`` raises for a workflow with a dead letter; a retry takes it up again
 └── ResultTimeout             ``result(timeout=…)`` ran out; the workflow goes on
 """
@@ -93,6 +94,10 @@ class WorkflowFailed(DurableError):
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class WorkflowCancelled(WorkflowFailed):
+    """The workflow was cancelled; ``reason`` is why."""
 
 
 class WorkflowStuck(DurableError):

@@ -23,7 +23,7 @@ from durable_cluster.errors import (
     StepTimeout,
     TerminalError,
 )
-from durable_cluster.signals import SIGNAL, Delivery, Waiting, delivery_of, token_seq_of
+from durable_cluster.signals import CANCEL, SIGNAL, Cancel, Delivery, Waiting, message_of, token_seq_of
 from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     details: dict[str, Any]
 
 
-Result = Envelope | Outcome | Later | Waiting | Delivery | DeadLetter
+Result = Envelope | Outcome | Later | Waiting | Delivery | Cancel | DeadLetter
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
@@ -69,7 +69,7 @@ class Task(msgspec.Struct, frozen=True, gc=False):
 
 
 def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result | None:
-    """The task for an envelope, or the signal that it is; None for a signal that nobody can have sent.
+    """The task for an envelope, or the signal or cancel that it is; None for one that nobody can have sent.
 
     One that this code knows no handler for waits for a process that does, for ``limit_s`` seconds in all: during a deployment
     old and new code run side by side.
@@ -78,9 +78,30 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
         machine = machines[envelope.workflow]
         return Task(machine, machine.steps[envelope.step], envelope)
     except KeyError:
-        if envelope.workflow == SIGNAL:
-            return delivery_of(envelope)
+        if envelope.workflow in (SIGNAL, CANCEL):
+            return message_of(envelope)
         return _unrouted(envelope, machines, limit_s)
+
+
+def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) -> Envelope | Outcome | None:
+    """What stands in for a step of a cancelled workflow: the first step of its cleanup, or its end if it has none.
+
+    None where the step goes on as it is: it belongs to the cleanup, is a signal, or no code here knows the workflow.
+    """
+    if envelope.cancelled or envelope.workflow not in machines:
+        return None
+    cleanup = machines[envelope.workflow].on_cancel
+    if cleanup is None:
+        return Outcome(envelope.workflow_id, "cancelled", encode(_said_of(envelope, reason, None)).decode())
+    return Envelope(
+        envelope.workflow_id,
+        envelope.seq + 1,
+        envelope.workflow,
+        cleanup.name,
+        envelope.version,
+        envelope.state,
+        cancelled=reason,
+    )
 
 
 def call(task: Task, context: Context) -> Result:
@@ -127,7 +148,11 @@ def conclude(task: Task, returned: Continuation) -> Result:
     if type(returned) is Goto:
         return _successor(task, returned)
     if type(returned) is Done:
-        return Outcome(envelope.workflow_id, "completed", _encoded(task, returned.output).decode())
+        output = _encoded(task, returned.output)
+        if envelope.cancelled:
+            said = _said_of(envelope, envelope.cancelled, None) | {"output": msgspec.Raw(output)}
+            return Outcome(envelope.workflow_id, "cancelled", encode(said).decode())
+        return Outcome(envelope.workflow_id, "completed", output.decode())
     if type(returned) is Sleep:
         return Later(_successor(task, returned.goto), returned.seconds)
     if type(returned) is Wait:
@@ -194,6 +219,7 @@ def _successor(task: Task, to: Goto) -> Envelope:
         task.machine.version,
         msgspec.Raw(_encoded(task, to.state)),
         retry=to.retry,
+        cancelled=envelope.cancelled,
     )
 
 

@@ -27,7 +27,7 @@ from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, enco
 from durable_cluster.errors import HandlerError
 from durable_cluster.executor import DeadLetter, Later, Result, Task
 from durable_cluster.settings import Settings
-from durable_cluster.signals import Delivery, Waiting
+from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Outcome
 
 logger = logging.getLogger("durable_cluster.handoff")
@@ -57,8 +57,10 @@ class Answer(msgspec.Struct, frozen=True):
 Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
 
-NotInTheLog = Later | Detached | Waiting | Delivery | DeadLetter
+NotInTheLog = Later | Detached | Waiting | Delivery | Cancel | DeadLetter
 NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
+OfStripes = Later | Waiting | Delivery | Cancel
+OF_STRIPES = frozenset(get_args(OfStripes))
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,6 +199,7 @@ class Handoff:
             if isinstance(slot, NotInTheLog) and not slot.envelope.is_of_a_workflow:
                 logger.error("a line of the log has no workflow's id; it is passed over")
                 results[index] = None
+        self._lock_stripes(results)
         if later := [slot for slot in results if isinstance(slot, Later)]:
             side_statements.schedule(
                 self._connection, [slot.envelope for slot in later], [slot.delay_s for slot in later]
@@ -222,15 +225,18 @@ class Handoff:
                 short = short_id(of.workflow_id)
                 logger.warning("step '%s' of '%s' %s… is a dead letter (%s)", of.step, of.workflow, short, slot.reason)
 
+    def _lock_stripes(self, results: list[Slot]) -> None:
+        """Sleeps, waits, signals and cancels of one workflow exclude each other; all stripes are locked at once, in one order."""
+        if len(set(map(type, results)) & OF_STRIPES) > 1:
+            ids = [slot.envelope.workflow_id for slot in results if isinstance(slot, OfStripes)]
+            side_statements.lock_stripes(self._connection, ids)
+
     def _set_waiting(self, results: list[Slot]) -> None:
-        """Waits and signals, which exclude each other; all stripes are locked at once, in one order."""
-        waiting = [slot for slot in results if isinstance(slot, Waiting)]
-        deliveries = [slot for slot in results if isinstance(slot, Delivery)]
-        if waiting and deliveries:
-            envelopes = [slot.envelope for slot in waiting] + [slot.envelope for slot in deliveries]
-            side_statements.lock_stripes(self._connection, [one.workflow_id for one in envelopes])
-        if waiting:
+        if waiting := [slot for slot in results if isinstance(slot, Waiting)]:
             side_statements.await_signals(self._connection, waiting)
+        if cancels := [slot for slot in results if isinstance(slot, Cancel)]:
+            side_statements.deliver_cancels(self._connection, cancels)
+        deliveries = [slot for slot in results if isinstance(slot, Delivery)]
         if deliveries and (dropped := side_statements.deliver(self._connection, deliveries)):
             logger.warning("%d signals were dropped: their workflows have ended, or their mailboxes are full", dropped)
 

@@ -16,7 +16,8 @@ from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Task
 from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
 from durable_cluster.settings import Settings
-from durable_cluster.signals import Delivery
+from durable_cluster.signals import Cancel, Delivery
+from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
     from durable_cluster.app import Machine
@@ -48,9 +49,11 @@ class PageRunner:
         self._slow_steps: set[tuple[str, str]] = set()
         self._marked: tuple[int, int, str] | None = None
         self._crashes = 0
+        self._cancelled: Mapping[str, str] = {}
 
     def run(self, window: Window, page: Page) -> PageDone:
         """Run as much of ``page`` as its time window lets begin, and commit it. Raises BatchLost."""
+        self._cancelled = page.header.cancelled
         if page.header.suspects:
             return self._run_suspects(window, page)
         slots, runs = self._phase_1(page.lines, window.shard)
@@ -117,8 +120,13 @@ class PageRunner:
         if envelope is None:
             logger.error("a line of the log is no step event; it is passed over")
             return None
+        if self._cancelled and envelope.workflow_id in self._cancelled:
+            instead = executor.cancelled(self._machines, envelope, self._cancelled[envelope.workflow_id])
+            if isinstance(instead, Outcome):
+                return instead
+            envelope = instead or envelope
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
-        if task is None or not (isinstance(task, Task | Delivery) or envelope.has_names):
+        if task is None or not (isinstance(task, Task | Delivery | Cancel) or envelope.has_names):
             return self._begin(None)
         if not isinstance(task, Task) or not task.step.is_inline:
             return task

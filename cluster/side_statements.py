@@ -7,15 +7,18 @@ from typing import Any, LiteralString
 
 from durable_cluster.envelope import Envelope, encode_line
 from durable_cluster.errors import translated
-from durable_cluster.signals import Delivery, Waiting
+from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Connection, plain_cursor
 
 
 def schedule(tx: Connection, envelopes: Sequence[Envelope], delays_s: Sequence[float]) -> None:
     """Step events to be appended after so many seconds each, in the transaction of ``tx``."""
-    delays_ms = "\n".join(f"{delay * 1000:.3f}" for delay in delays_s)
-    with translated():
-        plain_cursor(tx).execute("select durable.schedule(%s, %s)", ("\n".join(map(encode_line, envelopes)), delays_ms))
+    columns = (
+        [encode_line(one) for one in envelopes],
+        [f"{delay * 1000:.3f}" for delay in delays_s],
+        [_mark(one) for one in envelopes],
+    )
+    _call_with_columns(tx, "schedule", columns)
 
 
 def sweep(connection: Connection) -> int:
@@ -66,6 +69,7 @@ def await_signals(tx: Connection, waiting: Sequence[Waiting]) -> None:
         [encode_line(one.late) for one in waiting],
         ["" if one.timeout_s is None else f"{one.timeout_s * 1000:.3f}" for one in waiting],
         ["" if one.token_seq is None else one.token_seq for one in waiting],
+        [_mark(one.envelope) for one in waiting],
     )
     _call_with_columns(tx, "await_signals", columns)
 
@@ -80,6 +84,41 @@ def deliver(tx: Connection, deliveries: Sequence[Delivery]) -> int:
         ["" if one.token_seq is None else one.token_seq for one in deliveries],
     )
     return int(_call_with_columns(tx, "deliver", columns))
+
+
+def deliver_cancels(tx: Connection, cancels: Sequence[Cancel]) -> None:
+    """Cancels that have reached the page of their workflows' shard."""
+    columns = (
+        [one.envelope.workflow_id for one in cancels],
+        [one.reason for one in cancels],
+        [one.actor for one in cancels],
+    )
+    _call_with_columns(tx, "deliver_cancels", columns)
+
+
+def cancel(tx: Connection, workflow_id: str, *, reason: str, actor: str | None) -> bool:
+    """Ask a workflow to end, in the transaction of ``tx``; whether it lived. Raises UnknownWorkflow, InputError."""
+    with translated():
+        row = (
+            plain_cursor(tx).execute("select durable.cancel(%s::uuid, %s, %s)", (workflow_id, reason, actor)).fetchone()
+        )
+    return bool(row and row[0])
+
+
+def taken_away(connection: Connection, owner: int, keys: Sequence[str]) -> set[str]:
+    """Of these detached steps, those that are no longer ``owner``'s: cancelled, or given to another."""
+    with translated():
+        row = (
+            plain_cursor(connection)
+            .execute("select durable.taken_away(%s::bigint, %s)", (owner, "\n".join(keys)))
+            .fetchone()
+        )
+    return set(row[0].split("\n")) - {""} if row else set()
+
+
+def _mark(envelope: Envelope) -> str:
+    """What says that a step belongs to the cleanup after a cancel."""
+    return "1" if envelope.cancelled else ""
 
 
 def _call_with_columns(tx: Connection, function: LiteralString, columns: Sequence[Sequence[object]]) -> Any:

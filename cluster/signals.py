@@ -1,4 +1,4 @@
-"""Signals: what a step is told of one, what waits for one, and the line of the log that carries one to its workflow."""
+"""Signals and cancels: what a step is told of one, what waits, and the line of the log that carries one to its workflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from durable_cluster.errors import InputError
 from durable_cluster.settings import NAME_PATTERN
 
 SIGNAL = "@signal"
-"""What a signal's line has in place of a workflow's name, which cannot begin with this character."""
+CANCEL = "@cancel"
+"""What the lines of signals and cancels have in place of a workflow's name, which cannot begin with this character."""
 TOKEN_DIGITS = 32
 NOT_OF_A_LINE = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -62,6 +63,19 @@ class Delivery(msgspec.Struct, frozen=True):
     token_seq: int | None
 
 
+class Cancel(msgspec.Struct, frozen=True):
+    """A cancel on its way. ``envelope``: its line; ``actor``: who cancels, or nothing."""
+
+    envelope: Envelope
+    reason: str
+    actor: str
+
+
+class _Reason(msgspec.Struct, frozen=True):
+    reason: Annotated[str, msgspec.Meta(min_length=1)]
+    actor: str | None = None
+
+
 class _Sent(msgspec.Struct, frozen=True):
     event: msgspec.Raw
     key: str | None = None
@@ -69,11 +83,25 @@ class _Sent(msgspec.Struct, frozen=True):
 
 
 _sent = msgspec.json.Decoder(_Sent)
+_reason = msgspec.json.Decoder(_Reason)
 _signal = msgspec.json.Decoder(Signal)
 
 
-def delivery_of(envelope: Envelope) -> Delivery | None:
-    """What a line carries to its workflow; None for a line that ``durable.signal`` did not write."""
+def message_of(envelope: Envelope) -> Delivery | Cancel | None:
+    """What a line carries to its workflow; None for a line that neither ``durable.signal`` nor ``durable.cancel`` wrote."""
+    return _cancel_of(envelope) if envelope.workflow == CANCEL else _delivery_of(envelope)
+
+
+def _cancel_of(envelope: Envelope) -> Cancel | None:
+    try:
+        sent = _reason.decode(envelope.state)
+    except NOT_AN_ENVELOPE:
+        return None
+    actor = sent.actor or ""
+    return None if NOT_OF_A_LINE.search(sent.reason + actor) else Cancel(envelope, sent.reason, actor)
+
+
+def _delivery_of(envelope: Envelope) -> Delivery | None:
     try:
         sent = _sent.decode(envelope.state)
         signal = _signal.decode(sent.event)

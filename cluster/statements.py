@@ -16,7 +16,7 @@ Connection = psycopg.Connection[Any]
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """A terminal record: ``status`` is completed or failed, ``output`` is JSON."""
+    """A terminal record: ``status`` is completed, failed or cancelled, ``output`` is JSON."""
 
     workflow_id: str
     status: str

@@ -71,6 +71,11 @@ def parser() -> Parser:
 
     _add_signal(command("signal", "send a signal to a workflow that waits for it, or will"))
 
+    cancel = command("cancel", "ask a workflow to end; its cleanup runs in place of its next step")
+    cancel.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    cancel.add_argument("--reason", default="cancelled", help="why, for whoever asks later")
+    cancel.add_argument("--actor", metavar="WHO", help="who cancels")
+
     command("status", "show the cluster, shard by shard")
 
     list_ = command("list", "list workflows, newest first")

@@ -16,6 +16,7 @@ from psycopg.errors import InsufficientPrivilege
 from durable_cluster.errors import DurableError
 from durable_cluster.ops import (
     bench,
+    cancel,
     dead_letters,
     demo_cluster,
     doctor,
@@ -187,6 +188,9 @@ COMMANDS: Mapping[str, Command] = {
     "uninstall": _uninstall,
     "run": _run,
     "signal": _signal,
+    "cancel": lambda terminal, target, options: cancel.cancel(
+        terminal, target, prefix=options.id, reason=options.reason, actor=options.actor
+    ),
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),

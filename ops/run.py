@@ -13,7 +13,7 @@ from durable_cluster import schema
 from durable_cluster.app import Machine
 from durable_cluster.client import Handle
 from durable_cluster.context import short_id
-from durable_cluster.errors import DurableError, ResultTimeout, WorkflowFailed, WorkflowStuck
+from durable_cluster.errors import DurableError, ResultTimeout, WorkflowCancelled, WorkflowFailed, WorkflowStuck
 from durable_cluster.ops.start import EXAMPLES, loaded
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import BadUsage, Terminal, pretty
@@ -114,6 +114,8 @@ def _ended(handle: Handle, timeout_s: float | None) -> Started:
     started = _running(handle)
     try:
         result = handle.result(timeout=timeout_s)
+    except WorkflowCancelled as error:
+        return msgspec.structs.replace(started, status="cancelled", error=str(error))
     except WorkflowFailed as error:
         return msgspec.structs.replace(started, status="failed", error=str(error))
     except WorkflowStuck as error:

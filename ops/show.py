@@ -17,7 +17,7 @@ from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, pretty, table
 from durable_cluster.statements import Place, State
 
-STATUSES = ("running", "stuck", "completed", "failed")
+STATUSES = ("running", "stuck", "completed", "failed", "cancelled")
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +89,7 @@ def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
 
 def _shown(short: str, state: State, places: list[Place]) -> Shown:
     value = None if state.output is None else msgspec.json.decode(state.output)
-    is_failed = state.status in ("failed", "stuck")
+    is_failed = state.status in ("failed", "stuck", "cancelled")
     return Shown(
         id=short,
         workflow=state.workflow,
@@ -115,7 +115,8 @@ def _lines(shown: Shown) -> list[str]:
         lines.append("  stands    between two steps at the moment of looking")
     if shown.failure is not None:
         step, seq = shown.failure.get("step", "?"), shown.failure.get("seq", "?")
-        lines.append(f"  {shown.status:8}  in step {seq} '{step}': {shown.failure.get('reason', 'unknown')}")
+        where = "before" if shown.status == "cancelled" else "in"
+        lines.append(f"  {shown.status:9} {where} step {seq} '{step}': {shown.failure.get('reason', 'unknown')}")
         lines += [f"    {line}" for line in str(shown.failure.get("traceback", "")).splitlines()]
         if shown.failure.get("purged"):
             lines.append("  purged    its dead letter was not retried but ended")

@@ -30,6 +30,7 @@ def duties(settings: Settings) -> list[tuple[str, Callable[[Connection], bool], 
         ("rotation", upkeep.needs_upkeep, upkeep.keep_up),
         ("timers", upkeep.needs_timer_rotation, upkeep.rotate_timers),
         ("members", upkeep.has_dead_members, upkeep.sweep_members),
+        ("cancels", upkeep.has_ended_cancels, upkeep.sweep_cancels),
         ("retention", partial(upkeep.needs_expiry, days=days), partial(upkeep.expire, days=days)),
     ]
 

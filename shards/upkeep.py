@@ -56,6 +56,16 @@ def sweep_members(connection: Connection) -> int:
     return _count(connection, "select durable.sweep_members()")
 
 
+def has_ended_cancels(connection: Connection) -> bool:
+    """Whether a cancel met a workflow that was just ending."""
+    return _is_true(connection, "select durable.has_ended_cancels()")
+
+
+def sweep_cancels(connection: Connection) -> int:
+    """Forget them; how many went."""
+    return _count(connection, "select durable.sweep_cancels()")
+
+
 def needs_expiry(connection: Connection, *, days: int) -> bool:
     """Whether anything has been finished for more than so many days."""
     return _is_true(connection, "select durable.needs_expiry(%s::int)", days)

@@ -8,7 +8,7 @@ MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits")
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (
     *("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover"),
-    *("timers", "detached", "dead_letters", "signals"),
+    *("timers", "detached", "dead_letters", "signals", "cancel"),
     *("maintain", "retention", "views", "grants"),
 )
 

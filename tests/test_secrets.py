@@ -219,10 +219,16 @@ def test_a_second_end_of_a_workflow_neither_replaces_the_first_nor_shows_its_id(
     assert handle.result(timeout=1) == 1
 
 
-def test_ids_are_random_and_carry_their_day_at_the_end(app: App, conn: psycopg.Connection) -> None:
+def test_ids_are_random_between_the_time_at_their_begin_and_the_day_at_their_end(
+    app: App, conn: psycopg.Connection
+) -> None:
+    time_of_day = "select floor(extract(epoch from durable.now()) * 4096 / 86400)::bigint % 4096"
+    (before,) = conn.execute(time_of_day.encode()).fetchone() or ()
     ids = [handle.id for handle in app.workflow("secret").start_many(["fine"] * 200)]
     (today,) = conn.execute("select durable.today()").fetchone() or ()
     assert {int(one[-4:], 16) for one in ids} <= {today - 1, today}
     assert len({one[:12] for one in ids}) == 200
-    for position in range(28):
-        assert len({one[position] for one in ids}) > 8, "every digit but the day's varies"
+    (after,) = conn.execute(time_of_day.encode()).fetchone() or ()
+    assert {int(one[:3], 16) for one in ids} <= {before, after}
+    for position in range(3, 28):
+        assert len({one[position] for one in ids}) > 8, "every digit but those of the time varies"

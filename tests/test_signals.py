@@ -271,10 +271,11 @@ def test_a_flood_that_was_on_its_way_is_dropped_beyond_the_limit(
         ("select durable.signal(%s, 'No Name')", "signal name 'No Name' is not of"),
         ("select durable.signal(%s, 'answer', '{')", "the payload is not JSON"),
         ("select durable.signal(%s, 'answer', '\"\\ud800\"')", "the payload is not JSON"),
+        ("select durable.signal(%s, 'answer', '[\"\\\\u0000\", \"\\udc18\"]')", "the payload is not JSON"),
         ("select durable.signal(%s, 'answer', 'null', '')", "a key has 1 to 255 characters"),
         (
             "select durable.signal(%s, 'answer', 'null', null, null, repeat('x', 256))",
-            "an actor has 1 to 255 characters",
+            "the actor has 1 to 255 characters",
         ),
         ("select durable.signal(%s, 'answer', to_json(repeat('x', 300000))::text)", "the payload has 300,?002 bytes"),
     ],

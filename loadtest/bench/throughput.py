@@ -8,8 +8,10 @@ against the first part.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from statistics import median
@@ -31,6 +33,7 @@ MARGIN = 1.5
 WARM_SHARE = 0.1
 WARM_S_MAX = 10.0
 LOADED_AHEAD_S = 90.0
+LOW_S = 5.0
 LOADED_AT_ONCE = 10_000
 MIB = 1 << 20
 
@@ -76,14 +79,19 @@ def _watched(
     warm_s = min(WARM_S_MAX, window_s * WARM_SHARE)
     _load(here, like, steps=rate * (min(LOADED_AHEAD_S, window_s) + warm_s + 1) * MARGIN)
     time.sleep(warm_s)
-    with ExitStack() as stack:
+    with ThreadPoolExecutor(1) as feeder, ExitStack() as stack:
+        feeding = feeder.submit(_load, here, like, steps=0.0)
         looks = [_look(here, workers)]
         for number in range(1, max(2, round(window_s / bucket_s)) + 1):
             if held_s and number == round(seconds / bucket_s) + 1:
                 stack.enter_context(held_snapshot(here.system.dsn))
             time.sleep(max(0.0, looks[0][0] + number * bucket_s - time.perf_counter()))
             looks.append(_look(here, workers))
-            _top_up(here, like, looks, rest_s=(round(window_s / bucket_s) - number) * bucket_s)
+            if feeding.done():
+                feeding.result()
+                rest_s = (round(window_s / bucket_s) - number) * bucket_s
+                feeding = feeder.submit(_load, here, like, steps=_missing(here, like, looks, rest_s=rest_s))
+        feeding.result()
         workers.demand_running()
         return looks, meters.peak_bytes(workers.pids)
 
@@ -102,18 +110,18 @@ def _calibrated(here: Scene, workers: Workers, like: Flow) -> float:
 
 
 def _load(here: Scene, like: Flow, *, steps: float) -> None:
-    left = int(steps / like.of) + 1
+    left = math.ceil(steps / like.of)
     while left > 0:
         here.system.start_many(here.flows(min(left, LOADED_AT_ONCE), like))
         left -= LOADED_AT_ONCE
 
 
-def _top_up(here: Scene, like: Flow, looks: list[Look], *, rest_s: float) -> None:
-    """Load more if what is left would not last: a large backlog may be worked off faster than the small one that calibrated."""
+def _missing(here: Scene, like: Flow, looks: list[Look], *, rest_s: float) -> float:
+    """Steps to load more if what is left would not last: a large backlog may be worked off faster than the one that calibrated."""
     (earlier_s, earlier, _), (at_s, steps, _) = looks[-2:]
     rate = (steps - earlier) / (at_s - earlier_s)
-    if here.flows_made * like.of - steps < rate * min(rest_s, 2 * (at_s - earlier_s)):
-        _load(here, like, steps=rate * min(rest_s, LOADED_AHEAD_S) * MARGIN)
+    has_enough = here.flows_made * like.of - steps >= rate * min(rest_s, LOW_S)
+    return 0.0 if has_enough else rate * min(rest_s, LOADED_AHEAD_S) * MARGIN
 
 
 def _look(here: Scene, workers: Workers) -> Look:

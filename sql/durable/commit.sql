@@ -39,6 +39,9 @@ begin
         -- A line that somebody put into the log by hand must not stop the page; the first end of a workflow stands.
         where v_are_ids or q.id ~ '^[0-9a-f]{32}$'
         on conflict do nothing;
+        if exists (select from durable.cancelled) then
+            delete from durable.cancelled c where durable.hex(c.id) in (select i from string_to_table(i_ids, E'\n') i);
+        end if;
     end if;
 end
 $$;

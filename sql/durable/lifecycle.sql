@@ -30,7 +30,7 @@ begin
         v_parsed := i_payloads[v_n];
         if i_payloads[v_n] ~ '\\u[dD][89a-fA-F]' then
             -- Half a surrogate pair passes as json; no worker could read the step event. jsonb refuses it, but also \u0000, which is fine.
-            perform replace(i_payloads[v_n], '\u0000', '')::jsonb;
+            perform regexp_replace(i_payloads[v_n], '(?<!\\)((?:\\\\)*)\\u0000', '\1', 'g')::jsonb;
         end if;
         i_payloads[v_n] := translate(i_payloads[v_n], E'\n\r', '  ');
     end loop;
@@ -156,7 +156,8 @@ as $$
 #variable_conflict use_column
 declare
     v_inputs text[] := durable.checked_payloads(string_to_array(i_inputs, E'\n'));
-    v_ids uuid[] := array(select durable.new_id() from generate_series(1, cardinality(v_inputs)));
+    v_now timestamptz := durable.now();
+    v_ids uuid[] := array(select durable.new_id(v_now) from generate_series(1, cardinality(v_inputs)));
     v_keys text[] := string_to_array(i_keys, E'\n');
     v_new boolean[] := array_fill(true, array[cardinality(v_ids)]);
     v_known uuid[];

@@ -49,7 +49,8 @@ end
 $$;
 
 -- durable.page(batch, owner, lines, bytes): the next page of a window, without a lock.
--- Result: one text. Its first line is JSON: the cursor, the events as [txid, id], whether the window ends here; then the events,
+-- Result: one text. Its first line is JSON: the cursor, the events as [txid, id], whether the window ends here, why which of their
+-- workflows are cancelled; then the events,
 -- a form feed between them (JSON holds none). The cursor's event comes whole; the reader skips the lines that are done.
 -- At least one event, then as many as fit: an event is one commit's lines and never larger than a page. How many lines an event
 -- says it has counts for that only: somebody may have appended by hand.
@@ -90,9 +91,9 @@ begin
         v_events := v_events || format('["%s",%s]', v_event.txid, v_event.id);
         v_bodies := v_bodies || v_event.body;
     end loop;
-    return format('{"batch":%s,"takeovers":%s,"suspects":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]}',
+    return format('{"batch":%s,"takeovers":%s,"suspects":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]%s}',
             v_win.batch, v_win.takeovers, v_win.suspects, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
-            array_to_string(v_events, ','))
+            array_to_string(v_events, ','), durable.cancelled_in(v_bodies))
         || case when v_bodies = '{}' then '' else E'\n' || array_to_string(v_bodies, E'\f') end;
 end
 $$;

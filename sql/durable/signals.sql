@@ -12,6 +12,20 @@ as $$
     from (select distinct durable.slot_of(i) as stripe from unnest(i_ids) i order by 1) s
 $$;
 
+-- durable.checked_label(what, text, max): one line of 1 to so many characters, or null, else DC002.
+create or replace function durable.checked_label(i_what text, i_text text, i_max int) returns text
+language plpgsql immutable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if i_text is not null and (length(i_text) not between 1 and i_max or i_text ~ '[[:cntrl:]]') then
+        raise exception 'the % has 1 to % characters and no control characters (this one has %)', i_what, i_max, length(i_text)
+            using errcode = 'DC002';
+    end if;
+    return i_text;
+end
+$$;
+
 -- durable.is_live(id): whether it was started and has not ended.
 create or replace function durable.is_live(i_id uuid) returns boolean
 language sql stable
@@ -66,11 +80,7 @@ declare
         select from durable.wait w where w.id = i_id and i_name = any (w.names) and w.token_seq is not null
             and w.token_seq is distinct from v_token_seq);
 begin
-    perform durable.checked_name('signal', i_name), durable.checked_key(i_key);
-    if i_actor is not null and (length(i_actor) not between 1 and 255 or i_actor ~ '[[:cntrl:]]') then
-        raise exception 'an actor has 1 to 255 characters and no control characters (this one has %)', length(i_actor)
-            using errcode = 'DC002';
-    end if;
+    perform durable.checked_name('signal', i_name), durable.checked_key(i_key), durable.checked_label('actor', i_actor, 255);
     if not durable.is_live(i_id) or v_is_refused or (i_token is not null and v_token_seq is null) then
         raise exception 'no workflow takes signal % with the id %… and this token: it is unknown, has ended, or the token is wrong or used',
             quote_literal(i_name), durable.short(i_id) using errcode = 'DC003';
@@ -149,9 +159,10 @@ $$;
 --   i_names          the signals, with commas; i_lines: the step event that gets the signal
 --   i_timeout_lines  the step event when the delay in milliseconds is over; no delay: nothing
 --   i_tokens         the number of the token that a signal must bring; none: nothing
+--   i_cleanups       what belongs to the cleanup after a cancel: anything; else nothing, and a cancelled workflow does not wait
 -- Tables: mailbox (a row deleted), wait (a row inserted), a timer, the shards' logs.
 create or replace function durable.await_signals(i_ids text, i_seqs text, i_names text, i_lines text, i_timeout_lines text, i_delays_ms text,
-    i_tokens text) returns void
+    i_tokens text, i_cleanups text) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -168,12 +179,18 @@ begin
     perform durable.lock_stripes(array(select i::uuid from string_to_table(i_ids, E'\n') i));
     for v_new in
         select q.id::uuid as id, q.seq::int as seq, string_to_array(q.names, ',') as names, q.line, q.timeout_line,
-            nullif(q.delay_ms, '')::float8 as delay_ms, nullif(q.token, '')::int as token_seq
+            nullif(q.delay_ms, '')::float8 as delay_ms, nullif(q.token, '')::int as token_seq, coalesce(q.cleanup, '') as cleanup
         from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_seqs, E'\n'), string_to_table(i_names, E'\n'),
             string_to_table(i_lines, E'\n'), string_to_table(i_timeout_lines, E'\n'), string_to_table(i_delays_ms, E'\n'),
-            string_to_table(i_tokens, E'\n')) q(id, seq, names, line, timeout_line, delay_ms, token)
+            string_to_table(i_tokens, E'\n'), string_to_table(i_cleanups, E'\n'))
+            q(id, seq, names, line, timeout_line, delay_ms, token, cleanup)
         order by q.id
     loop
+        if v_new.cleanup = '' and exists (select from durable.cancelled c where c.id = v_new.id) then
+            v_ids := v_ids || v_new.id;
+            v_lines := v_lines || v_new.line;
+            continue;
+        end if;
         delete from durable.mailbox m
         where (m.id, m.number) = (
             select b.id, b.number from durable.mailbox b

@@ -41,8 +41,8 @@ end
 $$;
 
 -- durable.schedule(lines, delays): envelopes, one a line, and as many delays in milliseconds, one a line. Each is appended to the log of
--- its shard when its delay is over. Errors: DC002.
-create or replace function durable.schedule(i_lines text, i_delays_ms text) returns void
+-- its shard when its delay is over. i_cleanups: a line each too, empty for what is no cleanup after a cancel. Errors: DC002.
+create or replace function durable.schedule(i_lines text, i_delays_ms text, i_cleanups text default '') returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -76,6 +76,15 @@ begin
         raise exception 'a delay is no number of milliseconds: %', sqlerrm using errcode = 'DC002';
     end;
     perform durable.checked_delay_ms(d) from unnest(v_delays) d;
+    -- A cancel looks for long sleeps under the stripe; one that was there before ends this sleep before it begins.
+    perform durable.lock_stripes(array(select q.id from unnest(v_ids, v_delays) q(id, ms) where q.ms > 60000));
+    if exists (select from durable.cancelled) then
+        v_delays := array(
+            select case when q.ms > 60000 and coalesce(q.cleanup, '') = '' and exists (select from durable.cancelled c where c.id = q.id)
+                then 0 else q.ms end
+            from rows from (unnest(v_ids, v_delays), string_to_table(i_cleanups, E'\n')) with ordinality q(id, ms, cleanup, o)
+            order by q.o);
+    end if;
     perform durable.set_timers(v_ids, v_seqs, v_lines, v_delays);
 end
 $$;

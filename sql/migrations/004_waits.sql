@@ -1,7 +1,8 @@
--- Waiting for signals. Run once.
+-- Waiting for signals, and cancel. Run once.
 
 -- Its answer has more columns now; a function's columns cannot be replaced.
 drop function if exists durable.asides();
+drop function if exists durable.schedule(text, text);
 
 alter table durable.wait
     add column names text[],
@@ -42,5 +43,25 @@ create table durable.secret (
 );
 insert into durable.secret (secret)
 values (sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())));
+
+-- Workflows that were asked to end and have not ended. cleanup steps run meanwhile.
+create table durable.cancelled (
+    id uuid primary key,
+    reason text not null,
+    actor text,
+    at timestamptz not null
+);
+do $$
+declare
+    v_table regclass;
+begin
+    alter table durable.finished drop constraint finished_status_check;
+    -- A day's partition was made by itself and has the old check as its own.
+    for v_table in select i.inhrelid::regclass from pg_inherits i where i.inhparent = 'durable.finished'::regclass loop
+        execute format('alter table %s drop constraint if exists finished_status_check', v_table);
+    end loop;
+    alter table durable.finished add constraint finished_status_check check (status in ('completed', 'failed', 'cancelled'));
+end
+$$;
 
 alter table durable.cluster add column mailbox_max int not null default 1000;

@@ -1,0 +1,111 @@
+-- Cancel. Who cancels only appends: a line of the target's shard, which the page that meets it delivers. It leaves a row that says so
+-- for as long as the workflow lives: the next page with a step of the workflow finds it and runs the cleanup in that step's place. What
+-- is not in the log is fetched back into it: a wait, a long sleep, a detached step, a dead letter.
+
+-- durable.cancel(id, reason, actor): asks a workflow to end, in the caller's transaction. Whether it lived; cancelled twice is once.
+-- Errors: DC003 for an unknown id; DC002; 40001 (a snapshot older than a rotation). Tables: the shard's log (one event).
+create or replace function durable.cancel(i_id uuid, i_reason text default 'cancelled', i_actor text default null) returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.checked_label('reason', i_reason, 1000), durable.checked_label('actor', i_actor, 255);
+    if not exists (select from durable.started s where s.id = i_id and s.day = durable.day_of(i_id)) then
+        raise exception 'no workflow with the id %…', durable.short(i_id) using errcode = 'DC003';
+    end if;
+    if not durable.is_live(i_id) then
+        return false;
+    end if;
+    perform durable.append(s.shard, durable.line(i_id, 1, '@cancel', 'cancel', 0,
+        json_build_object('reason', coalesce(i_reason, 'cancelled'), 'actor', i_actor)::text), 1)
+    from durable.slot s where s.slot = durable.slot_of(i_id);
+    return true;
+end
+$$;
+
+-- durable.deliver_cancels(ids, reasons, actors): cancels of one page, in its transaction. One of each a line; no actor: nothing.
+-- Tables: cancelled (a row inserted), wait, detached, dead_letter (a row deleted), the shards' logs.
+-- Hazard: a detached step that is being completed at this moment is not waited for; what it hands on meets the row in the log.
+create or replace function durable.deliver_cancels(i_ids text, i_reasons text, i_actors text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_cancel record;
+    v_lines text[];
+begin
+    perform durable.lock_stripes(array(select i::uuid from string_to_table(i_ids, E'\n') i));
+    for v_cancel in
+        select q.id::uuid as id, q.reason, nullif(q.actor, '') as actor
+        from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_reasons, E'\n'), string_to_table(i_actors, E'\n'))
+            with ordinality q(id, reason, actor, o)
+        order by q.id, q.o
+    loop
+        continue when not durable.is_live(v_cancel.id);
+        insert into durable.cancelled (id, reason, actor, at) values (v_cancel.id, v_cancel.reason, v_cancel.actor, durable.now())
+        on conflict do nothing;
+        continue when not found;
+        with waits as (
+            delete from durable.wait w where w.id = v_cancel.id returning w.line
+        ), held as materialized (
+            select d.id, d.seq from durable.detached d where d.id = v_cancel.id for update skip locked
+        ), steps as (
+            delete from durable.detached d using held h where d.id = h.id and d.seq = h.seq returning d.line
+        ), letters as (
+            delete from durable.dead_letter d where d.id = v_cancel.id returning d.line
+        )
+        select array_agg(l.line) into v_lines
+        from (select * from waits union all select * from steps union all select * from letters) l(line);
+        if v_lines is not null then
+            perform durable.append_lines(array_fill(v_cancel.id, array[cardinality(v_lines)]), v_lines);
+        end if;
+    end loop;
+end
+$$;
+
+-- durable.cancelled_in(bodies): of the workflows in these events, those that are cancelled, as a field of a page's head; else nothing.
+create or replace function durable.cancelled_in(i_bodies text[]) returns text
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if not exists (select from durable.cancelled) then
+        return '';
+    end if;
+    return coalesce((
+        select ',"cancelled":' || json_object_agg(durable.hex(c.id), c.reason)
+        from durable.cancelled c
+        where c.id in (select substr(l.line, 7, 32)::uuid from unnest(i_bodies) b, string_to_table(b, E'\n') l(line)
+                       where l.line ~ '^\{"w":"[0-9a-f]{32}"')), '');
+end
+$$;
+
+-- durable.has_ended_cancels(), durable.sweep_cancels(): rows of workflows that ended while their cancel was on its way. How many went.
+create or replace function durable.has_ended_cancels() returns boolean
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$ select exists (select from durable.cancelled c where not durable.is_live(c.id)) $$;
+
+create or replace function durable.sweep_cancels() returns int
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_gone int;
+begin
+    delete from durable.cancelled c where not durable.is_live(c.id);
+    get diagnostics v_gone = row_count;
+    return v_gone;
+end
+$$;
+
+-- durable.taken_away(owner, keys): of these detached steps, those that are no longer this process's: their workflows were cancelled, or
+-- they were given to another. Asked once a second by whoever runs any; reads only.
+create or replace function durable.taken_away(i_owner bigint, i_keys text) returns text
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select coalesce(string_agg(k.key, E'\n'), '') from string_to_table(i_keys, E'\n') k(key)
+    where not exists (select from durable.detached d where d.id = split_part(k.key, ':', 1)::uuid
+                      and d.seq = split_part(k.key, ':', 2)::int and d.owner = i_owner)
+$$;
