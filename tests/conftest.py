@@ -60,7 +60,8 @@ def new_database(server: str) -> Iterator[Callable[[str | None], str]]:
     def make(template: str | None = None) -> str:
         name = f"durable_test_{os.getpid()}_{next(_numbers)}"
         with psycopg.connect(server, autocommit=True) as admin:
-            admin.execute(f"create database {name} template {template or 'template0'}")
+            # A copy of files, where nothing is flushed, takes a third of the time that a logged copy takes.
+            admin.execute(f"create database {name} template {template or 'template0'} strategy file_copy")
         made.append(name)
         return make_conninfo(server, dbname=name)
 

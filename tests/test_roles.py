@@ -45,9 +45,15 @@ def test_a_client_starts_and_reads_by_id_and_nothing_else(app: App, dsn: str) ->
             "select * from pgque.event_1",
             "select pgque.insert_event('durable_0', 'steps', '{}')",
             "select durable.append(0, '{}', 1)",
+            "select durable.secret()",
+            "select * from durable.secret",
+            "select * from durable.mailbox",
+            "select durable.deliver('', '', '', '', '')",
         ):
             with pytest.raises(InsufficientPrivilege):
                 client.execute(denied)
+        client.execute("select durable.signal(%s, 'news')", (handle.id,))
+        assert client.execute("select durable.cancel(%s)", (handle.id,)).fetchone() == (True,)
 
 
 def test_a_worker_runs_steps_without_owning_a_table(app: App, dsn: str, conn: psycopg.Connection) -> None:
