@@ -133,7 +133,9 @@ def _add_bench(commands: Commands) -> None:
     bench.epilog = (
         "It makes databases of its own and drops them: on --dsn, else on a local Postgres that is gone afterwards."
     )
-    bench.add_argument("--quick", action="store_true", help="a taste of everything, in ten minutes (else hours)")
+    bench.add_argument(
+        "--quick", action="store_true", help="a taste of everything, in about twelve minutes (else hours)"
+    )
     bench.add_argument(
         "--out", type=Path, default=Path("bench-report"), metavar="DIR", help="where to (./bench-report)"
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from durable_cluster import schema, side_statements, statements
+from durable_cluster import schema, side_statements
 from durable_cluster.context import short_id
-from durable_cluster.errors import UnknownWorkflow
-from durable_cluster.ops.show import checked_prefix
+from durable_cluster.ops.show import checked_prefix, whole_id
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, Terminal
 
@@ -24,14 +23,9 @@ def cancel(terminal: Terminal, target: Target, *, prefix: str, reason: str, acto
     digits = checked_prefix(prefix)
     with target.opened() as database, database.connect("cancel") as connection:
         schema.demand_installed(connection)
-        found = statements.by_prefix(connection, digits)
-        if len(found) != 1:
-            raise UnknownWorkflow(
-                f"{'several workflows begin' if found else 'no workflow begins'} with {short_id(digits)}"
-                f"{': give more digits' if found else ''}; see '{PROGRAM} list'"
-            )
-        has_lived = side_statements.cancel(connection, found[0], reason=reason, actor=actor)
-    short = short_id(found[0])
+        workflow_id = whole_id(connection, digits)
+        has_lived = side_statements.cancel(connection, workflow_id, reason=reason, actor=actor)
+    short = short_id(workflow_id)
     told = (
         f"workflow {short}… is asked to end; see '{PROGRAM} show {short}'"
         if has_lived

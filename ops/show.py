@@ -67,7 +67,8 @@ def checked_prefix(text: str) -> str:
     return digits
 
 
-def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
+def whole_id(connection: psycopg.Connection[Any], digits: str) -> str:
+    """The id that begins with these digits. Raises UnknownWorkflow for none and for several."""
     found = statements.by_prefix(connection, digits)
     if len(found) > 1:
         some = ", ".join(short_id(one) for one in found[:2])
@@ -75,16 +76,25 @@ def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
             f"{len(found) if len(found) < 3 else 'several'} workflows begin with {short_id(digits)}"
             f" ({some}{', …' if len(found) > 2 else ''}): give more digits"
         )
-    state = statements.state_of(connection, found[0]) if found else None
+    if not found:
+        raise _unknown(digits)
+    return found[0]
+
+
+def _unknown(digits: str) -> UnknownWorkflow:
+    return UnknownWorkflow(f"no workflow begins with {short_id(digits)} in this database; see 'durable-cluster list'")
+
+
+def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
+    workflow_id = whole_id(connection, digits)
+    state = statements.state_of(connection, workflow_id)
     if state is None:
-        raise UnknownWorkflow(
-            f"no workflow begins with {short_id(digits)} in this database; see 'durable-cluster list'"
-        )
+        raise _unknown(digits)
     # A workflow that ends between the two looks stands nowhere: look again at what became of it.
-    places = statements.locate(connection, found[0]) if state.status == "running" else []
+    places = statements.locate(connection, workflow_id) if state.status == "running" else []
     if state.status == "running" and not places:
-        state = statements.state_of(connection, found[0]) or state
-    return _shown(short_id(found[0]), state, places)
+        state = statements.state_of(connection, workflow_id) or state
+    return _shown(short_id(workflow_id), state, places)
 
 
 def _shown(short: str, state: State, places: list[Place]) -> Shown:

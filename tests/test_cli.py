@@ -39,6 +39,7 @@ class Sum(msgspec.Struct):
 app = App("sums")
 add = app.machine("add")
 hold = app.machine("hold")
+ask = app.machine("ask")
 
 
 @add.step(start=True)
@@ -59,6 +60,16 @@ def wait_for_file(ctx: Context, name: str) -> Continuation:
     while not Path(name).exists():
         time.sleep(0.01)
     return ctx.done()
+
+
+@ask.step(start=True)
+def question(ctx: Context, n: int) -> Continuation:
+    return ctx.wait_for("answer", then=answered, state=n)
+
+
+@ask.step()
+def answered(ctx: Context, n: int) -> Continuation:
+    return ctx.done([ctx.signal.payload, ctx.signal.actor])
 """
 
 
@@ -174,7 +185,7 @@ def test_start_says_what_is_up_and_no_password(up_and_cluster: tuple[Any, Cluste
     assert row == (up["connections"],) == (SHARDS + 2,)
     assert up["processes"] == SHARDS + 2
     assert up["memory_mib"] > 10
-    assert (up["shards"], up["app"], up["workflows"]) == (SHARDS, "flows:app", ["add", "hold"])
+    assert (up["shards"], up["app"], up["workflows"]) == (SHARDS, "flows:app", ["add", "hold", "ask"])
     assert "hunter2" not in str(up)
 
 
@@ -361,3 +372,26 @@ def test_the_demo_reconciles_exactly_while_its_consumers_are_killed(server: str,
     killed = re.search(r"killed (\d+) consumers while they held a window", demo.err)
     assert killed is not None, demo.err
     assert "Postgres was not killed: it is not the demo's own (--dsn)" in demo.err
+
+
+def test_a_signal_from_the_command_line_resumes_and_a_cancel_ends(cluster: Cluster, eventually: Eventually) -> None:
+    asked, doomed = (cluster.run("ask", "--input", "1").out.strip() for _ in range(2))
+
+    def waits(one: str) -> bool:
+        return "waiting for a signal" in cluster.ask("show", one[:12]).out
+
+    eventually(lambda: waits(asked) and waits(doomed))
+    assert "2 waiting for a signal" in cluster.ask("status").out
+    sent = cluster.ask("signal", asked, "answer", "--payload", '{"n": 42}', "--actor", "ada")
+    assert (sent.code, sent.out) == (0, f"signal 'answer' sent to workflow {asked[:12]}…\n")
+    eventually(lambda: cluster.ask("show", asked[:12], "--json").json["status"] == "completed")
+    assert cluster.ask("show", asked[:12], "--json").json["output"] == [{"n": 42}, "ada"]
+    again = cluster.ask("signal", asked, "answer")
+    assert again.code == 1 and "has ended" in again.err and asked not in again.err
+    assert "the whole id, 32 hex digits" in cluster.ask("signal", asked[:12], "answer").err
+
+    assert "is asked to end" in cluster.ask("cancel", doomed[:12], "--reason", "the customer left").out
+    eventually(lambda: cluster.ask("show", doomed[:12], "--json").json["status"] == "cancelled")
+    assert "before step 2 'answered': the customer left" in cluster.ask("show", doomed[:12]).out
+    assert "has ended already" in cluster.ask("cancel", doomed[:12]).out
+    assert "no workflow begins with 000000000000" in cluster.ask("cancel", "0" * 12).err
