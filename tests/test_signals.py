@@ -127,10 +127,10 @@ def test_a_timeout_of_a_wait_that_was_resumed_does_nothing(
     handle = waiting(app, timeout="1h", times=2)
     handle.signal("answer", 1)
     app.run(until_idle=True)
+    assert left_behind(conn) == (1, 0), "one wait, the second"
     clock(2 * 3600)
     app.run(until_idle=True)
     assert handle.status() == "running"
-    assert left_behind(conn) == (1, 0), "one wait, the second"
     handle.signal("answer", 2)
     app.run(until_idle=True)
     assert handle.result(timeout=5) == [["answer", 1, None], ["answer", 2, None]]
