@@ -10,6 +10,7 @@ from durable_cluster.continuation import Continuation
 from durable_cluster.errors import (
     AppError,
     BatchLost,
+    ChildFailed,
     ConfigurationError,
     ConnectionFailed,
     DatabaseError,
@@ -27,6 +28,7 @@ from durable_cluster.errors import (
     WorkflowFailed,
     WorkflowStuck,
 )
+from durable_cluster.joins import Child, ChildResult, Results
 from durable_cluster.retry import Retry
 from durable_cluster.settings import Settings
 from durable_cluster.statements import State
@@ -35,6 +37,9 @@ __all__ = [
     "App",
     "AppError",
     "BatchLost",
+    "Child",
+    "ChildFailed",
+    "ChildResult",
     "ConfigurationError",
     "ConnectionFailed",
     "Context",
@@ -48,6 +53,7 @@ __all__ = [
     "Machine",
     "NotInstalled",
     "ResultTimeout",
+    "Results",
     "Retry",
     "SchemaMismatch",
     "Settings",

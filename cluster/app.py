@@ -14,6 +14,7 @@ import psycopg
 from durable_cluster.client import Client, Handle
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
+from durable_cluster.joins import Child
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
 from durable_cluster.settings import Settings, checked_name
@@ -179,6 +180,15 @@ class Machine:
         client = self.app.client
         ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, begin=begin, tx=tx)
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]
+
+    def child(self, value: Any, *, after: Duration | None = None) -> Child:
+        """A workflow of this kind for a step to spawn: ``ctx.gather([ship.child(line) for line in lines], then=…, state=…)``.
+
+        Its first step runs at once, or ``after`` a while. Raises InputError.
+        """
+        first = self._first()
+        delay_s = 0.0 if after is None else seconds(after, what="after")
+        return Child(self.name, self.version, first.name, self._payload(first, value), delay_s)
 
     def get(self, *, key: str) -> Handle:
         """The workflow that was started with ``key``. Raises UnknownWorkflow."""

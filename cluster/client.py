@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from durable_cluster.errors import (
     WorkflowFailed,
     WorkflowStuck,
 )
+from durable_cluster.joins import ChildResult, Results
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
 
@@ -147,6 +149,10 @@ class Client:
                 return Handle(self, state.workflow, workflow_id)
         raise UnknownWorkflow(f"no workflow with the id {short_id(workflow_id)}…")
 
+    def children(self, parent_id: str, first: int, limit: int) -> list[ChildResult]:
+        """So many of the children that a workflow spawned last, from number ``first`` on."""
+        return side_statements.children(self.connection(), parent_id, first, limit)
+
     def close(self) -> None:
         """Close every connection of this process, then let go of the local Postgres."""
         with self._lock:
@@ -230,15 +236,26 @@ class Handle:
         side_statements.signal(where, self.id, name, encoded.decode(), key=key, token=token, actor=actor)
 
     def cancel(
-        self, reason: str = "cancelled", *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None
+        self,
+        reason: str = "cancelled",
+        *,
+        actor: str | None = None,
+        cascade: bool = True,
+        tx: psycopg.Connection[Any] | None = None,
     ) -> bool:
         """Ask the workflow to end: its ``on_cancel`` step runs in place of its next one. Whether it lived.
+
+        ``cascade``: its children too, and theirs.
 
         Reaches steps that are queued, sleeping, waiting, running beside the pages, and dead letters; a step that runs in its page
         ends first. With ``tx`` the cancel is sent in that transaction. Raises UnknownWorkflow, InputError.
         """
         where = tx if tx is not None else self._client.connection()
-        return side_statements.cancel(where, self.id, reason=reason, actor=actor)
+        return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
+
+    def children(self) -> Results:
+        """The children that it spawned last, and what became of them."""
+        return Results(partial(self._client.children, self.id))
 
     def retry(self, state: Any = KEPT) -> None:
         """Take a stuck workflow up again where it stopped: the same step, its attempts counted anew, its history kept.

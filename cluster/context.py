@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
 
-from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep, Wait
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Sleep, Spawn, Wait
 from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import AppError, InputError
+from durable_cluster.joins import Child, ChildResult, Results, checked_children
 from durable_cluster.retry import Retry
 from durable_cluster.settings import checked_name
 from durable_cluster.signals import Signal, signal_of, token, token_seq_of
@@ -35,6 +37,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
     _envelope: Envelope
     _connection: psycopg.Connection[Any] | None = None
     _said: msgspec.Raw | None = None
+    _children: list[ChildResult] | None = None
 
     def __repr__(self) -> str:
         return f"<Context of step {self.seq} ('{self.step}') of {self.short_id}…>"
@@ -107,7 +110,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
 
         ``retry``: for this call, in place of the step's own.
         """
-        return Goto(self._machine.step_name(step), state, None if retry is None else retry.policy)
+        return self._goto(step, state, retry)
 
     def sleep(
         self, duration: Duration, then: str | Callable[..., Any], state: Any, *, retry: Retry | None = None
@@ -116,8 +119,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
 
         Raises InputError.
         """
-        goto = Goto(self._machine.step_name(then), state, None if retry is None else retry.policy)
-        return Sleep(seconds(duration, what="sleep"), goto)
+        return Sleep(seconds(duration, what="sleep"), self._goto(then, state, retry))
 
     def wait_for(
         self,
@@ -138,13 +140,91 @@ class Context(msgspec.Struct, eq=False, gc=False):
             raise InputError("wait_for needs the name of a signal: ctx.wait_for('approved', then=…, state=…)")
         for name in names:
             checked_name("signal", name)
-        if on_timeout is not None and timeout is None:
-            raise InputError("wait_for has on_timeout and no timeout; say how long it waits")
-        policy = None if retry is None else retry.policy
-        goto = Goto(self._machine.step_name(then), state, policy)
-        late = goto if on_timeout is None else Goto(self._machine.step_name(on_timeout), state, policy)
-        timeout_s = None if timeout is None else seconds(timeout, what="timeout")
+        goto = self._goto(then, state, retry)
+        late, timeout_s = self._late(goto, on_timeout, timeout)
         return Wait(names, goto, late, timeout_s, require_token)
+
+    def spawn(
+        self,
+        children: Iterable[Child],
+        *,
+        then: str | Callable[..., Any],
+        state: Any,
+        retry: Retry | None = None,
+    ) -> Continuation:
+        """Start ``children`` (at most 1,024 a step), and go on with ``then`` and ``state`` at once.
+
+        They are of one group with those that earlier steps spawned, until the workflow waits for the group. Raises InputError.
+        """
+        return Spawn(checked_children(children), self._goto(then, state, retry))
+
+    def gather(
+        self,
+        children: Iterable[Child] = (),
+        *,
+        then: str | Callable[..., Any],
+        state: Any,
+        tolerance: int | None = None,
+        cancel_rest: bool = False,
+        timeout: Duration | None = None,
+        on_timeout: str | Callable[..., Any] | None = None,
+        retry: Retry | None = None,
+    ) -> Continuation:
+        """Start ``children``, and go on with ``then``, which reads them in ``ctx.results``, when all of the group have ended.
+
+        ``tolerance``: as soon as more than so many have failed, too; ``cancel_rest``: then the others are cancelled.
+        ``timeout``: go on with ``on_timeout``, else with ``then``, after a while; the children go on too, and a later gather may
+        wait for them again. Raises InputError.
+        """
+        if tolerance is not None and tolerance < 0:
+            raise InputError(f"tolerance of {tolerance} failed children; it is 0 or more")
+        goto = self._goto(then, state, retry)
+        late, timeout_s = self._late(goto, on_timeout, timeout)
+        return Join(checked_children(children), goto, late, timeout_s, None, tolerance, cancel_rest)
+
+    def first(
+        self,
+        children: Iterable[Child] = (),
+        *,
+        then: str | Callable[..., Any],
+        state: Any,
+        cancel_rest: bool = False,
+        timeout: Duration | None = None,
+        on_timeout: str | Callable[..., Any] | None = None,
+        retry: Retry | None = None,
+    ) -> Continuation:
+        """As ``gather``, until one child has completed, or none can any more."""
+        goto = self._goto(then, state, retry)
+        late, timeout_s = self._late(goto, on_timeout, timeout)
+        return Join(checked_children(children), goto, late, timeout_s, 1, None, cancel_rest)
+
+    def at_least(
+        self,
+        needed: int,
+        children: Iterable[Child] = (),
+        *,
+        then: str | Callable[..., Any],
+        state: Any,
+        cancel_rest: bool = False,
+        timeout: Duration | None = None,
+        on_timeout: str | Callable[..., Any] | None = None,
+        retry: Retry | None = None,
+    ) -> Continuation:
+        """As ``gather``, until ``needed`` children have completed, or so many cannot any more."""
+        if needed < 1:
+            raise InputError(f"at_least({needed}) waits for nothing; it takes 1 or more")
+        goto = self._goto(then, state, retry)
+        late, timeout_s = self._late(goto, on_timeout, timeout)
+        return Join(checked_children(children), goto, late, timeout_s, needed, None, cancel_rest)
+
+    @property
+    def results(self) -> Results:
+        """What became of the children that this step was resumed by: to be iterated; ``values()`` gives their outputs."""
+        if not self._envelope.has_children:
+            raise AppError(
+                f"step '{self.step}' has no children to read: it is no step that ctx.gather, first or at_least went on to"
+            )
+        return Results(partial(self._machine.app.client.children, self.workflow_id), self._children)
 
     @property
     def signal(self) -> Signal | None:
@@ -174,3 +254,15 @@ class Context(msgspec.Struct, eq=False, gc=False):
     def fail(self, reason: str) -> Continuation:
         """End the workflow in failure, for good."""
         return Fail(reason)
+
+    def _goto(self, step: str | Callable[..., Any], state: Any, retry: Retry | None) -> Goto:
+        return Goto(self._machine.step_name(step), state, None if retry is None else retry.policy)
+
+    def _late(
+        self, goto: Goto, on_timeout: str | Callable[..., Any] | None, timeout: Duration | None
+    ) -> tuple[Goto, float | None]:
+        """Where a wait goes on when its time is over, and how many seconds that is."""
+        if on_timeout is not None and timeout is None:
+            raise InputError("the wait has on_timeout and no timeout; say how long it waits")
+        late = goto if on_timeout is None else msgspec.structs.replace(goto, step=self._machine.step_name(on_timeout))
+        return late, None if timeout is None else seconds(timeout, what="timeout")

@@ -1,4 +1,4 @@
-"""What a step hands on: go to a step, now, after a sleep or when a signal comes, be done, or fail.
+"""What a step hands on: go to a step, now, after a sleep, when a signal comes or when children have ended, be done, or fail.
 
 Pure data; the page turns it into rows.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from durable_cluster.joins import Child
 from durable_cluster.retry import Policy
 
 
@@ -37,6 +38,28 @@ class Wait(msgspec.Struct, frozen=True, gc=False):
     requires_token: bool
 
 
+class Spawn(msgspec.Struct, frozen=True, gc=False):
+    """The workflow starts ``children`` and goes on with ``goto`` at once."""
+
+    children: tuple[Child, ...]
+    goto: Goto
+
+
+class Join(msgspec.Struct, frozen=True, gc=False):
+    """The workflow starts ``children`` and goes on with ``goto`` when enough have ended, with ``late`` after ``timeout_s`` seconds.
+
+    ``needed``, ``tolerance``: see ``joins.Joining``.
+    """
+
+    children: tuple[Child, ...]
+    goto: Goto
+    late: Goto
+    timeout_s: float | None
+    needed: int | None = None
+    tolerance: int | None = None
+    cancels_rest: bool = False
+
+
 class Done(msgspec.Struct, frozen=True, gc=False):
     """The workflow is completed with ``output``."""
 
@@ -49,4 +72,4 @@ class Fail(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-Continuation = Goto | Sleep | Wait | Done | Fail
+Continuation = Goto | Sleep | Wait | Spawn | Join | Done | Fail

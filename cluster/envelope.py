@@ -42,6 +42,7 @@ class Envelope(
         "progress": "p",
         "event": "e",
         "cancelled": "c",
+        "has_children": "j",
     },
 ):
     """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded.
@@ -49,7 +50,7 @@ class Envelope(
     ``granted``: attempts that were spent when a dead letter was taken up again: they count no more. ``unrouted``: how often no
     process knew the step. ``retry``: a policy for this call alone. ``progress``: what the last attempt said, as JSON.
     ``event``: the signal that the step was resumed with, undecoded; empty without one.
-    ``cancelled``: why the workflow was cancelled, in the steps of its cleanup.
+    ``cancelled``: why the workflow was cancelled, in the steps of its cleanup. ``has_children``: it was resumed by its children.
     """
 
     workflow_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
@@ -65,6 +66,7 @@ class Envelope(
     progress: Any = None
     event: msgspec.Raw = msgspec.Raw()
     cancelled: str = ""
+    has_children: bool = False
 
     @property
     def has_names(self) -> bool:

@@ -96,6 +96,10 @@ class WorkflowFailed(DurableError):
         self.reason = reason
 
 
+class ChildFailed(DurableError):
+    """A child has no output: it failed, was cancelled, or has not ended."""
+
+
 class WorkflowCancelled(WorkflowFailed):
     """The workflow was cancelled; ``reason`` is why."""
 

@@ -13,7 +13,7 @@ import msgspec
 import psycopg
 
 from durable_cluster.context import Context, short_id
-from durable_cluster.continuation import Continuation, Done, Fail, Goto, Sleep, Wait
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Sleep, Spawn, Wait
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import (
     ConfigurationError,
@@ -23,6 +23,7 @@ from durable_cluster.errors import (
     StepTimeout,
     TerminalError,
 )
+from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.signals import CANCEL, SIGNAL, Cancel, Delivery, Waiting, message_of, token_seq_of
 from durable_cluster.statements import Outcome
 
@@ -57,15 +58,18 @@ class DeadLetter(msgspec.Struct, frozen=True):
     details: dict[str, Any]
 
 
-Result = Envelope | Outcome | Later | Waiting | Delivery | Cancel | DeadLetter
+WAITS = (Wait, Spawn, Join)
+
+Result = Envelope | Outcome | Later | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
-    """A step event with the handler that will run it."""
+    """A step event with the handler that will run it. ``children``: those it was resumed by, as far as its page has read them."""
 
     machine: Machine
     step: Step
     envelope: Envelope
+    children: list[ChildResult] | None = None
 
 
 def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result | None:
@@ -129,7 +133,7 @@ async def run_async(task: Task, context: Context) -> Result:
 
 def context_of(task: Task, connection: psycopg.Connection[Any] | None = None) -> Context:
     """What a step is told about itself. One for each run."""
-    return Context(task.machine, task.envelope, connection)
+    return Context(task.machine, task.envelope, connection, None, task.children)
 
 
 def told_of(task: Task, error: BaseException) -> BaseException:
@@ -155,20 +159,34 @@ def conclude(task: Task, returned: Continuation) -> Result:
         return Outcome(envelope.workflow_id, "completed", output.decode())
     if type(returned) is Sleep:
         return Later(_successor(task, returned.goto), returned.seconds)
-    if type(returned) is Wait:
-        return Waiting(
-            _successor(task, returned.goto),
-            _successor(task, returned.late),
-            returned.names,
-            returned.timeout_s,
-            token_seq_of(envelope) if returned.requires_token else None,
-        )
+    if isinstance(returned, WAITS):
+        return _waiting(task, returned)
     if type(returned) is Fail:
         return failure(envelope, str(returned.reason))
     raise HandlerError(
         f"step '{envelope.step}' returned {type(returned).__name__};"
         " return ctx.goto(step, state), ctx.sleep(duration, step, state), ctx.wait_for(signal, then=step, state=…),"
-        " ctx.done(output) or ctx.fail(reason)"
+        " ctx.spawn or ctx.gather(children, then=step, state=…), ctx.done(output) or ctx.fail(reason)"
+    )
+
+
+def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | Joining:
+    envelope = task.envelope
+    if isinstance(returned, Wait):
+        token_seq = token_seq_of(envelope) if returned.requires_token else None
+        goto, late = _successor(task, returned.goto), _successor(task, returned.late)
+        return Waiting(goto, late, returned.names, returned.timeout_s, token_seq)
+    if isinstance(returned, Spawn):
+        return Spawning(_successor(task, returned.goto), envelope.seq, returned.children)
+    return Joining(
+        _successor(task, returned.goto, has_children=True),
+        _successor(task, returned.late, has_children=True),
+        envelope.seq,
+        returned.children,
+        returned.timeout_s,
+        returned.needed,
+        returned.tolerance,
+        returned.cancels_rest,
     )
 
 
@@ -207,7 +225,7 @@ def failure(envelope: Envelope, reason: str, *, trace: str | None = None) -> Out
     return Outcome(envelope.workflow_id, "failed", encode(_said_of(envelope, reason, trace)).decode())
 
 
-def _successor(task: Task, to: Goto) -> Envelope:
+def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
     envelope = task.envelope
     if to.step not in task.machine.steps:
         raise HandlerError(f"step '{envelope.step}' went to {to.step!r}, which '{task.machine.name}' does not have")
@@ -220,6 +238,7 @@ def _successor(task: Task, to: Goto) -> Envelope:
         msgspec.Raw(_encoded(task, to.state)),
         retry=to.retry,
         cancelled=envelope.cancelled,
+        has_children=has_children,
     )
 
 

@@ -26,6 +26,7 @@ from durable_cluster.context import Context, short_id
 from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, encode_line
 from durable_cluster.errors import HandlerError
 from durable_cluster.executor import DeadLetter, Later, Result, Task
+from durable_cluster.joins import Joining, Spawning
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Outcome
@@ -57,10 +58,12 @@ class Answer(msgspec.Struct, frozen=True):
 Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
 
-NotInTheLog = Later | Detached | Waiting | Delivery | Cancel | DeadLetter
+NotInTheLog = Later | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
 NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
-OfStripes = Later | Waiting | Delivery | Cancel
+OfStripes = Later | Waiting | Spawning | Joining | Delivery | Cancel
 OF_STRIPES = frozenset(get_args(OfStripes))
+OfGroups = Spawning | Joining | Cancel
+OF_GROUPS = frozenset(get_args(OfGroups))
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,7 +202,7 @@ class Handoff:
             if isinstance(slot, NotInTheLog) and not slot.envelope.is_of_a_workflow:
                 logger.error("a line of the log has no workflow's id; it is passed over")
                 results[index] = None
-        self._lock_stripes(results)
+        self._lock(results)
         if later := [slot for slot in results if isinstance(slot, Later)]:
             side_statements.schedule(
                 self._connection, [slot.envelope for slot in later], [slot.delay_s for slot in later]
@@ -225,13 +228,29 @@ class Handoff:
                 short = short_id(of.workflow_id)
                 logger.warning("step '%s' of '%s' %s… is a dead letter (%s)", of.step, of.workflow, short, slot.reason)
 
-    def _lock_stripes(self, results: list[Slot]) -> None:
-        """Sleeps, waits, signals and cancels of one workflow exclude each other; all stripes are locked at once, in one order."""
-        if len(set(map(type, results)) & OF_STRIPES) > 1:
+    def _lock(self, results: list[Slot]) -> None:
+        """Sleeps, waits, signals and cancels of one workflow exclude each other, and so do counts of one group of children.
+
+        Where several statements would lock, all is locked ahead, in one order: stripes, then groups.
+        """
+        kinds = set(map(type, results))
+        if len(kinds & OF_STRIPES) > 1 or Joining in kinds:
             ids = [slot.envelope.workflow_id for slot in results if isinstance(slot, OfStripes)]
             side_statements.lock_stripes(self._connection, ids)
+        if kinds & OF_GROUPS:
+            parents = [slot.envelope.workflow_id for slot in results if isinstance(slot, OfGroups)]
+            ended = [slot.workflow_id for slot in results if type(slot) is Outcome]
+            side_statements.lock_groups(self._connection, parents, ended)
 
     def _set_waiting(self, results: list[Slot]) -> None:
+        """Children are started, and waits begin and end. Who only spawned goes on in the log."""
+        if spawning := [slot for slot in results if isinstance(slot, Spawning | Joining) and slot.children]:
+            side_statements.spawn(self._connection, spawning)
+        if joining := [slot for slot in results if isinstance(slot, Joining)]:
+            side_statements.await_children(self._connection, joining)
+        for index, slot in enumerate(results):
+            if isinstance(slot, Spawning):
+                results[index] = slot.envelope
         if waiting := [slot for slot in results if isinstance(slot, Waiting)]:
             side_statements.await_signals(self._connection, waiting)
         if cancels := [slot for slot in results if isinstance(slot, Cancel)]:

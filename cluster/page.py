@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
-from durable_cluster import executor, statements
+from durable_cluster import executor, side_statements, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Task
 from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
+from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Cancel, Delivery
 from durable_cluster.statements import Outcome
@@ -50,10 +51,12 @@ class PageRunner:
         self._marked: tuple[int, int, str] | None = None
         self._crashes = 0
         self._cancelled: Mapping[str, str] = {}
+        self._children: Mapping[str, list[ChildResult]] = {}
 
     def run(self, window: Window, page: Page) -> PageDone:
         """Run as much of ``page`` as its time window lets begin, and commit it. Raises BatchLost."""
         self._cancelled = page.header.cancelled
+        self._children = self._read_children(page)
         if page.header.suspects:
             return self._run_suspects(window, page)
         slots, runs = self._phase_1(page.lines, window.shard)
@@ -88,10 +91,13 @@ class PageRunner:
         room = self._settings.detached_max - self._beside.in_flight
         slots: list[Slot] = []
         runs: list[tuple[int, Run]] = []
+        children = 0
         for envelope in lines:
-            if slots and time.monotonic() > stop_at:
+            if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
                 break
             slot = self._begin(envelope)
+            if isinstance(slot, Spawning | Joining):
+                children += len(slot.children)
             if isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:
                     runs.append((len(slots), Run(slot, shard)))
@@ -113,6 +119,10 @@ class PageRunner:
                 slots[index] = run.result
         return slots, slow
 
+    def _read_children(self, page: Page) -> Mapping[str, list[ChildResult]]:
+        parents = [envelope.workflow_id for envelope in page.lines if envelope is not None and envelope.has_children]
+        return side_statements.children_of(self._connection, parents) if parents else {}
+
     def _kind(self, run: Run) -> tuple[str, str]:
         return run.task.machine.name, run.task.step.name
 
@@ -128,6 +138,8 @@ class PageRunner:
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
         if task is None or not (isinstance(task, Task | Delivery | Cancel) or envelope.has_names):
             return self._begin(None)
+        if envelope.has_children and isinstance(task, Task):
+            task = msgspec.structs.replace(task, children=self._children.get(envelope.workflow_id))
         if not isinstance(task, Task) or not task.step.is_inline:
             return task
         self.inline = task

@@ -7,6 +7,7 @@ from typing import Any, LiteralString
 
 from durable_cluster.envelope import Envelope, encode_line
 from durable_cluster.errors import translated
+from durable_cluster.joins import RESULTS_AT_ONCE, ChildResult, Joining, Spawning, result_of
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Connection, plain_cursor
 
@@ -92,17 +93,95 @@ def deliver_cancels(tx: Connection, cancels: Sequence[Cancel]) -> None:
         [one.envelope.workflow_id for one in cancels],
         [one.reason for one in cancels],
         [one.actor for one in cancels],
+        ["1" if one.cascades else "" for one in cancels],
     )
     _call_with_columns(tx, "deliver_cancels", columns)
 
 
-def cancel(tx: Connection, workflow_id: str, *, reason: str, actor: str | None) -> bool:
+def cancel(tx: Connection, workflow_id: str, *, reason: str, actor: str | None, cascade: bool) -> bool:
     """Ask a workflow to end, in the transaction of ``tx``; whether it lived. Raises UnknownWorkflow, InputError."""
     with translated():
         row = (
-            plain_cursor(tx).execute("select durable.cancel(%s::uuid, %s, %s)", (workflow_id, reason, actor)).fetchone()
+            plain_cursor(tx)
+            .execute("select durable.cancel(%s::uuid, %s, %s, %s)", (workflow_id, reason, actor, cascade))
+            .fetchone()
         )
     return bool(row and row[0])
+
+
+def lock_groups(tx: Connection, parent_ids: Sequence[str], ended_ids: Sequence[str]) -> None:
+    """Exclude everybody else's counts of these parents' children, and of the parents of what ends in ``tx``, until it ends."""
+    _call_with_columns(tx, "lock_groups", (parent_ids, ended_ids))
+
+
+def spawn(tx: Connection, spawning: Sequence[Spawning | Joining]) -> None:
+    """Start the children of these steps, in the transaction of their page."""
+    children = [child for one in spawning for child in one.children]
+    columns = (
+        [one.envelope.workflow_id for one in spawning],
+        [one.seq for one in spawning],
+        [len(one.children) for one in spawning],
+        [_mark(one.envelope) for one in spawning],
+        [child.workflow for child in children],
+        [child.version for child in children],
+        [child.step for child in children],
+        [child.input for child in children],
+        [f"{child.delay_s * 1000:.3f}" for child in children],
+    )
+    _call_with_columns(tx, "spawn", columns)
+
+
+def await_children(tx: Connection, joining: Sequence[Joining]) -> None:
+    """Parents that wait for their children from now on, or go on at once where enough have ended. In their page's transaction."""
+    columns = (
+        [one.envelope.workflow_id for one in joining],
+        [one.envelope.seq for one in joining],
+        [encode_line(one.envelope) for one in joining],
+        [encode_line(one.late) for one in joining],
+        ["" if one.timeout_s is None else f"{one.timeout_s * 1000:.3f}" for one in joining],
+        ["" if one.needed is None else one.needed for one in joining],
+        ["" if one.tolerance is None else one.tolerance for one in joining],
+        ["1" if one.cancels_rest else "" for one in joining],
+        [_mark(one.envelope) for one in joining],
+    )
+    _call_with_columns(tx, "await_children", columns)
+
+
+def children(connection: Connection, parent_id: str, first: int, limit: int) -> list[ChildResult]:
+    """So many of the last group of a workflow's children, from number ``first`` on."""
+    with translated():
+        rows = (
+            plain_cursor(connection)
+            .execute(
+                "select number, durable.hex(id), workflow, status, output from durable.children(%s::uuid, %s, %s)",
+                (parent_id, first, limit),
+            )
+            .fetchall()
+        )
+    return [result_of(*row) for row in rows]
+
+
+def children_of(connection: Connection, parent_ids: Sequence[str]) -> dict[str, list[ChildResult]]:
+    """The first ``RESULTS_AT_ONCE`` children of each of these workflows."""
+    found: dict[str, list[ChildResult]] = {parent_id: [] for parent_id in parent_ids}
+    with translated():
+        rows = plain_cursor(connection).execute(
+            "select durable.hex(parent), number, durable.hex(id), workflow, status, output from durable.children_of(%s, %s)",
+            ("\n".join(parent_ids), RESULTS_AT_ONCE),
+        )
+        for parent_id, *row in rows:
+            found[parent_id].append(result_of(*row))
+    return found
+
+
+def group_of(connection: Connection, parent_id: str) -> tuple[int, int, int] | None:
+    """How many children the last group of a workflow has, and how many completed and failed; None if it never spawned any."""
+    with translated():
+        return (
+            plain_cursor(connection)
+            .execute("select total, completed, failed from durable.group_of(%s::uuid)", (parent_id,))
+            .fetchone()
+        )
 
 
 def taken_away(connection: Connection, owner: int, keys: Sequence[str]) -> set[str]:

@@ -64,16 +64,18 @@ class Delivery(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """A cancel on its way. ``envelope``: its line; ``actor``: who cancels, or nothing."""
+    """A cancel on its way. ``envelope``: its line; ``actor``: who cancels, or nothing; ``cascades``: to the children too."""
 
     envelope: Envelope
     reason: str
     actor: str
+    cascades: bool = True
 
 
 class _Reason(msgspec.Struct, frozen=True):
     reason: Annotated[str, msgspec.Meta(min_length=1)]
     actor: str | None = None
+    cascade: bool = True
 
 
 class _Sent(msgspec.Struct, frozen=True):
@@ -98,7 +100,7 @@ def _cancel_of(envelope: Envelope) -> Cancel | None:
     except NOT_AN_ENVELOPE:
         return None
     actor = sent.actor or ""
-    return None if NOT_OF_A_LINE.search(sent.reason + actor) else Cancel(envelope, sent.reason, actor)
+    return None if NOT_OF_A_LINE.search(sent.reason + actor) else Cancel(envelope, sent.reason, actor, sent.cascade)
 
 
 def _delivery_of(envelope: Envelope) -> Delivery | None:

@@ -71,10 +71,7 @@ def parser() -> Parser:
 
     _add_signal(command("signal", "send a signal to a workflow that waits for it, or will"))
 
-    cancel = command("cancel", "ask a workflow to end; its cleanup runs in place of its next step")
-    cancel.add_argument("id", metavar="ID", help="an id, or the first digits of one")
-    cancel.add_argument("--reason", default="cancelled", help="why, for whoever asks later")
-    cancel.add_argument("--actor", metavar="WHO", help="who cancels")
+    _add_cancel(command("cancel", "ask a workflow to end; its cleanup runs in place of its next step"))
 
     command("status", "show the cluster, shard by shard")
 
@@ -112,6 +109,13 @@ def _add_command(commands: Commands, name: str, help_: str) -> Parser:
     made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
     made.add_argument("--json", action="store_true", help="answer with one JSON document")
     return made
+
+
+def _add_cancel(cancel: Parser) -> None:
+    cancel.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    cancel.add_argument("--reason", default="cancelled", help="why, for whoever asks later")
+    cancel.add_argument("--actor", metavar="WHO", help="who cancels")
+    cancel.add_argument("--no-cascade", dest="cascade", action="store_false", help="leave its children alone")
 
 
 def _add_signal(signal: Parser) -> None:

@@ -18,13 +18,13 @@ class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
     lived: bool
 
 
-def cancel(terminal: Terminal, target: Target, *, prefix: str, reason: str, actor: str | None) -> int:
+def cancel(terminal: Terminal, target: Target, *, prefix: str, reason: str, actor: str | None, cascade: bool) -> int:
     """Cancel one workflow, named by the first digits of its id."""
     digits = checked_prefix(prefix)
     with target.opened() as database, database.connect("cancel") as connection:
         schema.demand_installed(connection)
         workflow_id = whole_id(connection, digits)
-        has_lived = side_statements.cancel(connection, workflow_id, reason=reason, actor=actor)
+        has_lived = side_statements.cancel(connection, workflow_id, reason=reason, actor=actor, cascade=cascade)
     short = short_id(workflow_id)
     told = (
         f"workflow {short}… is asked to end; see '{PROGRAM} show {short}'"

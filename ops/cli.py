@@ -189,7 +189,7 @@ COMMANDS: Mapping[str, Command] = {
     "run": _run,
     "signal": _signal,
     "cancel": lambda terminal, target, options: cancel.cancel(
-        terminal, target, prefix=options.id, reason=options.reason, actor=options.actor
+        terminal, target, prefix=options.id, reason=options.reason, actor=options.actor, cascade=options.cascade
     ),
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,

@@ -42,12 +42,14 @@ class ShardStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Asides(msgspec.Struct, frozen=True, kw_only=True):
     """What is not in the log, each counted up to 100,001.
 
-    ``awaiting``: workflows that wait for a signal; ``running``: detached steps that run; ``waiting``: those that wait for room;
+    ``awaiting``: workflows that wait for a signal; ``joining``: those that wait for children;
+    ``running``: detached steps that run; ``waiting``: those that wait for room;
     ``due_s``: seconds until the next timer is due.
     """
 
     sleeping: int
     awaiting: int
+    joining: int
     running: int
     waiting: int
     dead_letters: int
@@ -92,7 +94,7 @@ def asides(connection: Connection) -> Asides:
     """Sleepers, detached steps, dead letters."""
     with translated(), connection.cursor(row_factory=kwargs_row(Asides)) as cursor:
         found = cursor.execute(
-            "select sleeping, awaiting, running, waiting, dead_letters, due_s from durable.asides()"
+            "select sleeping, awaiting, joining, running, waiting, dead_letters, due_s from durable.asides()"
         ).fetchone()
     assert found is not None
     return found

@@ -146,6 +146,8 @@ def _standing(place: Place) -> str:
         return f"sleeping{until}, then {at[3:]}"
     if place.place == "waiting":
         return f"waiting for a signal{until}, then {at[3:]}"
+    if place.place == "joining":
+        return f"waiting for its children{until}, then {at[3:]}"
     if place.place == "detached":
         return f"{'waiting for room beside the pages' if place.owner_is_silent else 'running beside the pages'} {at}"
     silent = ", whose consumer is gone: another takes it over" if place.owner_is_silent else ""

@@ -81,7 +81,10 @@ def _aside(of: Asides) -> str:
         "; see 'durable-cluster dead-letters list'" if of.dead_letters else ""
     )
     signals = f"; {_upto(of.awaiting)} waiting for a signal" if of.awaiting else ""
-    return f"{_upto(of.sleeping)} asleep{due}{signals}; {_upto(of.running)} slow steps running{waiting}; {dead}"
+    children = f"; {_upto(of.joining)} waiting for children" if of.joining else ""
+    return (
+        f"{_upto(of.sleeping)} asleep{due}{signals}{children}; {_upto(of.running)} slow steps running{waiting}; {dead}"
+    )
 
 
 def _upto(count: int) -> str:

@@ -2,9 +2,22 @@
 -- for as long as the workflow lives: the next page with a step of the workflow finds it and runs the cleanup in that step's place. What
 -- is not in the log is fetched back into it: a wait, a long sleep, a detached step, a dead letter.
 
--- durable.cancel(id, reason, actor): asks a workflow to end, in the caller's transaction. Whether it lived; cancelled twice is once.
+-- durable.cancel_lines(ids, reason, actor): appends a cancel of each of these workflows.
+create or replace function durable.cancel_lines(i_ids uuid[], i_reason text, i_actor text, i_cascade boolean default true) returns void
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select durable.append_lines(i_ids, array(
+        select durable.line(i, 1, '@cancel', 'cancel', 0,
+            json_build_object('reason', coalesce(i_reason, 'cancelled'), 'actor', i_actor, 'cascade', i_cascade)::text)
+        from unnest(i_ids) with ordinality q(i, o) order by q.o))
+$$;
+
+-- durable.cancel(id, reason, actor, cascade): asks a workflow to end, in the caller's transaction. Whether it lived; twice is once.
+--   i_cascade  its children too, and theirs
 -- Errors: DC003 for an unknown id; DC002; 40001 (a snapshot older than a rotation). Tables: the shard's log (one event).
-create or replace function durable.cancel(i_id uuid, i_reason text default 'cancelled', i_actor text default null) returns boolean
+create or replace function durable.cancel(i_id uuid, i_reason text default 'cancelled', i_actor text default null,
+    i_cascade boolean default true) returns boolean
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -16,17 +29,16 @@ begin
     if not durable.is_live(i_id) then
         return false;
     end if;
-    perform durable.append(s.shard, durable.line(i_id, 1, '@cancel', 'cancel', 0,
-        json_build_object('reason', coalesce(i_reason, 'cancelled'), 'actor', i_actor)::text), 1)
-    from durable.slot s where s.slot = durable.slot_of(i_id);
+    perform durable.cancel_lines(array[i_id], i_reason, i_actor, coalesce(i_cascade, true));
     return true;
 end
 $$;
 
--- durable.deliver_cancels(ids, reasons, actors): cancels of one page, in its transaction. One of each a line; no actor: nothing.
+-- durable.deliver_cancels(ids, reasons, actors, cascades): cancels of one page, in its transaction. One of each a line; no actor, no
+-- cascade: nothing. A child that is spawned later finds its parent cancelled (durable.spawn).
 -- Tables: cancelled (a row inserted), wait, detached, dead_letter (a row deleted), the shards' logs.
 -- Hazard: a detached step that is being completed at this moment is not waited for; what it hands on meets the row in the log.
-create or replace function durable.deliver_cancels(i_ids text, i_reasons text, i_actors text) returns void
+create or replace function durable.deliver_cancels(i_ids text, i_reasons text, i_actors text, i_cascades text) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -36,9 +48,9 @@ declare
 begin
     perform durable.lock_stripes(array(select i::uuid from string_to_table(i_ids, E'\n') i));
     for v_cancel in
-        select q.id::uuid as id, q.reason, nullif(q.actor, '') as actor
-        from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_reasons, E'\n'), string_to_table(i_actors, E'\n'))
-            with ordinality q(id, reason, actor, o)
+        select q.id::uuid as id, q.reason, nullif(q.actor, '') as actor, coalesce(q.cascade, '') <> '' as is_cascading
+        from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_reasons, E'\n'), string_to_table(i_actors, E'\n'),
+            string_to_table(i_cascades, E'\n')) with ordinality q(id, reason, actor, cascade, o)
         order by q.id, q.o
     loop
         continue when not durable.is_live(v_cancel.id);
@@ -58,6 +70,11 @@ begin
         from (select * from waits union all select * from steps union all select * from letters) l(line);
         if v_lines is not null then
             perform durable.append_lines(array_fill(v_cancel.id, array[cardinality(v_lines)]), v_lines);
+        end if;
+        if v_cancel.is_cascading then
+            perform durable.cancel_lines(array_agg(s.id), v_cancel.reason, v_cancel.actor)
+            from durable.started s
+            where s.parent = v_cancel.id and not exists (select from durable.finished f where f.id = s.id and f.day = s.day);
         end if;
     end loop;
 end

@@ -16,14 +16,39 @@ begin
 end
 $$;
 
+-- durable.finish(ids, statuses, outputs): terminal records. The first end of a workflow stands. Tables: finished (a row each),
+-- cancelled (a row deleted), and what a child's end changes (durable.end_children).
+create or replace function durable.finish(i_ids uuid[], i_statuses text[], i_outputs text[]) returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_ids uuid[];
+    v_statuses text[];
+begin
+    with ended as (
+        insert into durable.finished (id, day, status, output, at)
+        select q.id, durable.day_of(q.id), q.status, q.output, durable.now()
+        from unnest(i_ids, i_statuses, i_outputs) q(id, status, output)
+        on conflict do nothing
+        returning id, status
+    )
+    select array_agg(e.id), array_agg(e.status) into v_ids, v_statuses from ended e;
+    if exists (select from durable.cancelled) then
+        delete from durable.cancelled c where c.id = any (v_ids);
+    end if;
+    if exists (select from durable.fanout) then
+        perform durable.end_children(v_ids, v_statuses);
+    end if;
+end
+$$;
+
 -- durable.hand_on(…): successors and terminal records, in a transaction that holds the right to them (see commit_page's arguments).
 create or replace function durable.hand_on(i_shard int, i_steps text, i_counts int[], i_ids text, i_statuses text, i_outputs text)
 returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
-declare
-    v_are_ids boolean := i_ids ~ '^([0-9a-f]{32}\n?)*$';
 begin
     if cardinality(i_counts) = 1 then
         perform durable.append(i_shard, i_steps, i_counts[1]);
@@ -31,17 +56,14 @@ begin
         perform durable.append(i_shard, c.lines, i_counts[c.n])
         from string_to_table(i_steps, E'\f') with ordinality c(lines, n) where cardinality(i_counts) > 1;
     end if;
-    if i_ids is not null then
-        insert into durable.finished (id, day, status, output, at)
-        select q.id::uuid, durable.day_of(q.id::uuid), q.status, q.output, durable.now()
+    if i_ids ~ '^([0-9a-f]{32}\n?)*$' then
+        perform durable.finish(string_to_array(i_ids, E'\n')::uuid[], string_to_array(i_statuses, E'\n'), string_to_array(i_outputs, E'\n'));
+    elsif i_ids is not null then
+        -- A line that somebody put into the log by hand must not stop the page.
+        perform durable.finish(array_agg(q.id::uuid), array_agg(q.status), array_agg(q.output))
         from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_statuses, E'\n'), string_to_table(i_outputs, E'\n'))
             q(id, status, output)
-        -- A line that somebody put into the log by hand must not stop the page; the first end of a workflow stands.
-        where v_are_ids or q.id ~ '^[0-9a-f]{32}$'
-        on conflict do nothing;
-        if exists (select from durable.cancelled) then
-            delete from durable.cancelled c where durable.hex(c.id) in (select i from string_to_table(i_ids, E'\n') i);
-        end if;
+        where q.id ~ '^[0-9a-f]{32}$';
     end if;
 end
 $$;

@@ -275,8 +275,6 @@ create or replace function durable.end_purged(i_ids uuid[], i_details text[]) re
 language sql volatile
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    insert into durable.finished (id, day, status, output, at)
-    select q.id, durable.day_of(q.id), 'failed', q.details::jsonb || '{"purged": true}', durable.now()
+    select durable.finish(array_agg(q.id), array_agg('failed'::text), array_agg((q.details::jsonb || '{"purged": true}')::text))
     from unnest(i_ids, i_details) q(id, details)
-    on conflict do nothing
 $$;

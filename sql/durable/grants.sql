@@ -30,7 +30,8 @@ begin
 
     grant execute on function durable.start(text, int, text, text, text, interval),
         durable.start_many(text, int, text, text, text, interval), durable.now(), durable.find(text, text), durable.state_of(uuid), durable.outcome(uuid),
-        durable.signal(uuid, text, text, text, text, text), durable.cancel(uuid, text, text) to durable_client;
+        durable.signal(uuid, text, text, text, text, text), durable.cancel(uuid, text, text, boolean),
+        durable.children(uuid, int, int), durable.group_of(uuid) to durable_client;
 
     grant execute on all functions in schema durable to durable_worker;
     revoke execute on function durable.lay_out(int) from durable_worker;
@@ -43,7 +44,7 @@ begin
     grant execute on function durable.dead_letter_of(uuid), durable.dead_letters_by_prefix(text),
         durable.retry_dead_letter(uuid, text, int), durable.retry_dead_letters(text, text, text, int, timestamptz),
         durable.purge_dead_letter(uuid), durable.purge_dead_letters(text, text, text, int, timestamptz) to durable_operator;
-    grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int), durable.cancel(uuid, text, text)
-        to durable_operator;
+    grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int), durable.cancel(uuid, text, text, boolean),
+        durable.group_of(uuid) to durable_operator;
 end
 $$;

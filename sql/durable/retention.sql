@@ -1,4 +1,4 @@
--- A workflow goes once it has been finished for so many days. Its day's partitions are dropped whole; what lives longer than its
+-- A workflow goes once it has been finished for so many days, and its parent does not wait for it any more. Its day's partitions are dropped whole; what lives longer than its
 -- day is carried into the default partitions first, where look-ups by id land by themselves when the day has no partition left.
 -- Carried are the rows that have not been finished for long enough: as many as are alive at one time, however long history is.
 
@@ -26,7 +26,29 @@ language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select durable.expired_day(i_days) is not null
-        or exists (select 1 from durable.finished_default f where f.at < (select durable.expired_before(i_days)))
+        or exists (select 1 from durable.finished_default f
+                   where f.at < (select durable.expired_before(i_days)) and not durable.is_awaited(f.id))
+$$;
+
+-- durable.forget(ids): what signals and joins left behind of these workflows.
+create or replace function durable.forget(i_ids uuid[]) returns void
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    delete from durable.mailbox m where m.id = any (i_ids);
+    delete from durable.signal_key k where k.id = any (i_ids);
+    delete from durable.used_token u where u.id = any (i_ids);
+    delete from durable.fanout f where f.id = any (i_ids);
+$$;
+
+-- durable.remembered(day): the workflows of that day which signals and joins have left something of.
+create or replace function durable.remembered(i_day int) returns setof uuid
+language sql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select q.id from (select m.id from durable.mailbox m union select k.id from durable.signal_key k
+                      union select u.id from durable.used_token u union select f.id from durable.fanout f) q
+    where durable.day_of(q.id) = i_day
 $$;
 
 -- durable.drop_day(day, before, rows): drops the partitions of a day; what has not been finished since before is carried. Whether
@@ -48,11 +70,11 @@ begin
     end if;
     v_kept := array(
         select s.id from durable.started s left join durable.finished f on f.id = s.id and f.day = s.day
-        where s.day = i_day and coalesce(f.at, 'infinity') >= i_before);
+        where s.day = i_day and (coalesce(f.at, 'infinity') >= i_before or (s.parent is not null and durable.is_awaited(s.id))));
     if durable.forget_keys(i_day, v_kept, i_rows_max) = i_rows_max then
         return false;
     end if;
-    perform durable.forget_signals(array(select i from durable.of_signals(i_day) i where i <> all (v_kept)));
+    perform durable.forget(array(select i from durable.remembered(i_day) i where i <> all (v_kept)));
     foreach v_name in array v_names loop
         execute format('alter table durable.%1$s detach partition durable.%1$s_%2$s', v_name, i_day);
     end loop;
@@ -96,7 +118,9 @@ declare
 begin
     with ended as (
         delete from durable.finished_default f
-        where (f.id, f.day) in (select o.id, o.day from durable.finished_default o where o.at < i_before order by o.at limit i_rows_max)
+        where (f.id, f.day) in (
+            select o.id, o.day from durable.finished_default o
+            where o.at < i_before and not durable.is_awaited(o.id) order by o.at limit i_rows_max)
         returning f.id, f.day
     ), begun as (
         delete from durable.started_default s using ended e where s.id = e.id and s.day = e.day
@@ -105,7 +129,7 @@ begin
         delete from durable.key k using begun b where k.workflow = b.workflow and k.key = b.key and k.id = b.id
     )
     select count(*), array_agg(e.id) into v_gone, v_ids from ended e;
-    perform durable.forget_signals(v_ids);
+    perform durable.forget(v_ids);
     return v_gone;
 end
 $$;

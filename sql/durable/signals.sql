@@ -222,23 +222,3 @@ begin
     end if;
 end
 $$;
-
--- durable.forget_signals(ids): what signals left behind of workflows that are forgotten.
-create or replace function durable.forget_signals(i_ids uuid[]) returns void
-language sql volatile
-set search_path = pg_catalog, durable, pg_temp
-as $$
-    delete from durable.mailbox m where m.id = any (i_ids);
-    delete from durable.signal_key k where k.id = any (i_ids);
-    delete from durable.used_token u where u.id = any (i_ids);
-$$;
-
--- durable.of_signals(day): the workflows of that day which signals have left something of.
-create or replace function durable.of_signals(i_day int) returns setof uuid
-language sql stable
-set search_path = pg_catalog, durable, pg_temp
-as $$
-    select q.id from (select m.id from durable.mailbox m union select k.id from durable.signal_key k
-                      union select u.id from durable.used_token u) q
-    where durable.day_of(q.id) = i_day
-$$;

@@ -11,7 +11,8 @@ $$;
 
 -- durable.locate(id): where a live workflow stands: its unfinished step events. Looks at open windows from their cursors on and at
 -- what no tick covers yet, so it costs what the backlog of one shard costs, never history; then at what is not in the log.
---   place  queued, claimed, sleeping (until due), waiting (for a signal, until due at the latest), detached, or stuck (a dead letter)
+--   place  queued, claimed, sleeping (until due), waiting (for a signal) or joining (its children) until due at the latest, detached, or
+--          stuck (a dead letter)
 create or replace function durable.locate(i_id uuid)
 returns table (shard int, place text, step text, seq int, owner_is_silent boolean, due timestamptz)
 language plpgsql stable security definer
@@ -42,7 +43,7 @@ begin
     end loop;
     return query
         select v_shard.shard, a.place, substring(a.line from durable.line_pattern('s')), a.seq, a.is_silent, a.due from (
-            select case when w.names is null then 'sleeping' else 'waiting' end as place, w.line, w.seq, false as is_silent,
+            select case when w.names is null then 'sleeping' when w.names = '{}' then 'joining' else 'waiting' end as place, w.line, w.seq, false as is_silent,
                 nullif(w.due, 'infinity') as due
             from durable.wait w where w.id = i_id
             union all
@@ -117,15 +118,16 @@ as $$
     from durable.shard s order by s.shard
 $$;
 
--- durable.asides(): what is not in the log: long sleepers, workflows that wait for a signal, detached steps that run and that wait
--- for room, dead letters, each counted up to 100,001; and seconds until the next timer is due (null: none waits).
-create or replace function durable.asides(out sleeping bigint, out awaiting bigint, out running bigint, out waiting bigint,
+-- durable.asides(): what is not in the log: long sleepers, workflows that wait for a signal and for children, detached steps that run
+-- and that wait for room, dead letters, each counted up to 100,001; and seconds until the next timer is due (null: none waits).
+create or replace function durable.asides(out sleeping bigint, out awaiting bigint, out joining bigint, out running bigint, out waiting bigint,
     out dead_letters bigint, out due_s float8)
 language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select (select count(*) from (select from durable.wait w where w.names is null limit 100001) w),
-        (select count(*) from (select from durable.wait w where w.names is not null limit 100001) w),
+        (select count(*) from (select from durable.wait w where w.names <> '{}' limit 100001) w),
+        (select count(*) from (select from durable.wait w where w.names = '{}' limit 100001) w),
         (select count(*) from (select from durable.detached d where d.owner <> 0 limit 100001) d),
         (select count(*) from (select from durable.detached d where d.owner = 0 limit 100001) d),
         (select count(*) from (select from durable.dead_letter limit 100001) d),

@@ -1,0 +1,268 @@
+-- Children and joins. A step's children are started in its page's transaction; the parent goes on at once, or becomes a row in
+-- durable.wait. The transaction that ends children adds them up in the parent's row of durable.fanout, once for all of a page; whoever
+-- completes the count deletes the wait, as a timeout and a cancel may: one of them resumes the parent. Results stay where every
+-- workflow's end is: durable.finished.
+
+-- durable.is_satisfied(group): whether a parent that waits for this group goes on.
+create or replace function durable.is_satisfied(i_group durable.fanout) returns boolean
+language sql immutable
+as $$
+    select i_group.completed + i_group.failed >= i_group.total
+        or coalesce(i_group.completed >= i_group.needed or i_group.failed > i_group.total - i_group.needed, false)
+        or coalesce(i_group.failed > i_group.tolerance, false)
+$$;
+
+-- durable.spawn(…): children of the steps of one page, in its transaction.
+--   i_parents, i_seqs, i_counts, i_cleanups  a line each parent: id, number of its step, how many children, what marks a cleanup
+--   i_workflows, i_versions, i_steps, i_inputs, i_delays_ms  a line each child, parent after parent
+-- A parent that is cancelled spawns nothing: who cancelled it has looked for its children already. Its next step meets the cancel.
+-- Locks: the parents' stripes, then their groups, sorted. Tables: fanout (a row a parent), started (a row a child), timers, the logs.
+create or replace function durable.spawn(i_parents text, i_seqs text, i_counts text, i_cleanups text, i_workflows text, i_versions text,
+    i_steps text, i_inputs text, i_delays_ms text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_ids uuid[] := string_to_array(i_parents, E'\n');
+    v_seqs int[] := string_to_array(i_seqs, E'\n');
+    v_counts int[] := string_to_array(i_counts, E'\n');
+    v_refused uuid[];
+    v_groups durable.fanout[];
+    v_now timestamptz := durable.now();
+    v_at_once_ids uuid[];
+    v_at_once_lines text[];
+    v_later_ids uuid[];
+    v_later_lines text[];
+    v_later_ms float8[];
+begin
+    perform durable.lock_stripes(v_ids);
+    v_refused := array(
+        select q.id from rows from (unnest(v_ids), string_to_table(i_cleanups, E'\n')) q(id, cleanup)
+        where coalesce(q.cleanup, '') = '' and exists (select from durable.cancelled c where c.id = q.id));
+    with parents as (
+        -- The same step twice can only have been put into the log by hand: that must not stop its page.
+        select p.id, min(p.seq) as seq, sum(p.n)::int as n from unnest(v_ids, v_seqs, v_counts) p(id, seq, n)
+        where p.id <> all (v_refused) group by p.id order by p.id
+    ), groups as (
+        insert into durable.fanout as f (id, seq, total) select p.id, p.seq, p.n from parents p
+        on conflict (id) do update set
+            seq = case when f.wait_seq is null then f.seq else excluded.seq end,
+            total = case when f.wait_seq is null then f.total else 0 end + excluded.total,
+            completed = case when f.wait_seq is null then f.completed else 0 end,
+            failed = case when f.wait_seq is null then f.failed else 0 end,
+            wait_seq = null
+        returning f.*
+    )
+    select array_agg(g::durable.fanout) into v_groups from groups g;
+    with children as materialized (
+        select durable.new_id(v_now) as id, p.id as parent, g.seq as parent_seq,
+            g.total - count(*) over (partition by p.id) + row_number() over (partition by p.id order by c.o) - 1 as number,
+            c.workflow, c.version, c.step, c.input, c.delay_ms
+        from (select q.id, q.n, sum(q.n) over (order by q.o) - q.n as first
+              from unnest(v_ids, v_counts) with ordinality q(id, n, o)) p
+        join unnest(v_groups) g on g.id = p.id
+        cross join lateral generate_series(p.first + 1, p.first + p.n) place
+        join (select q.workflow, q.version::int, q.step, q.input, q.delay_ms::float8, q.o
+              from rows from (string_to_table(i_workflows, E'\n'), string_to_table(i_versions, E'\n'), string_to_table(i_steps, E'\n'),
+                  string_to_table(i_inputs, E'\n'), string_to_table(i_delays_ms, E'\n')) with ordinality
+                  q(workflow, version, step, input, delay_ms, o)) c on c.o = place
+    ), begun as (
+        insert into durable.started (id, day, workflow, version, input, at, parent, parent_seq, number)
+        select c.id, durable.day_of(c.id), c.workflow, c.version, c.input, v_now, c.parent, c.parent_seq, c.number from children c
+    ), lines as (
+        select c.id, durable.line(c.id, 1, c.workflow, c.step, c.version, c.input) as line, c.delay_ms from children c
+    )
+    select array_agg(l.id) filter (where l.delay_ms = 0), array_agg(l.line) filter (where l.delay_ms = 0),
+        array_agg(l.id) filter (where l.delay_ms > 0), array_agg(l.line) filter (where l.delay_ms > 0),
+        array_agg(l.delay_ms) filter (where l.delay_ms > 0)
+    into v_at_once_ids, v_at_once_lines, v_later_ids, v_later_lines, v_later_ms
+    from lines l;
+    perform durable.append_lines(v_at_once_ids, v_at_once_lines);
+    if v_later_ids is not null then
+        perform durable.set_timers(v_later_ids, array_fill(1, array[cardinality(v_later_ids)]), v_later_lines, v_later_ms);
+    end if;
+end
+$$;
+
+-- durable.await_children(…): parents of one page that wait for their children from now on, in its transaction, one of each a line.
+--   i_ids, i_seqs    the parent, and the number of its next step
+--   i_lines          that step; i_timeout_lines: the step when the delay in milliseconds is over; no delay: nothing
+--   i_needed, i_tolerances, i_cancels_rest  see durable.fanout; nothing: null, null, false
+--   i_cleanups       what marks a cleanup
+-- A cancelled parent does not wait, nor does one whose children have ended. Tables: fanout, wait (a row each), timers, the logs.
+create or replace function durable.await_children(i_ids text, i_seqs text, i_lines text, i_timeout_lines text, i_delays_ms text,
+    i_needed text, i_tolerances text, i_cancels_rest text, i_cleanups text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_ids uuid[] := string_to_array(i_ids, E'\n');
+    v_now timestamptz := durable.timer_now();
+    v_refused uuid[];
+    v_refused_lines text[];
+    v_timed_ids uuid[];
+    v_timed_seqs int[];
+    v_delays_ms float8[];
+begin
+    perform durable.lock_stripes(v_ids);
+    select coalesce(array_agg(q.id), '{}'), array_agg(q.line) into v_refused, v_refused_lines
+    from rows from (unnest(v_ids), string_to_table(i_lines, E'\n'), string_to_table(i_cleanups, E'\n')) q(id, line, cleanup)
+    where coalesce(q.cleanup, '') = '' and exists (select from durable.cancelled c where c.id = q.id);
+    insert into durable.fanout (id, seq, total)
+    select distinct q.id, 0, 0 from unnest(v_ids) q(id) where q.id <> all (v_refused) order by 1
+    on conflict do nothing;
+    perform durable.lock_groups(v_ids);
+    with waits as (
+        select distinct on (q.id) q.id, q.seq::int, q.line, q.timeout_line, nullif(q.delay_ms, '')::float8 as delay_ms,
+            nullif(q.needed, '')::int as needed, nullif(q.tolerance, '')::int as tolerance, coalesce(q.cancels_rest, '') <> '' as cancels_rest
+        from rows from (unnest(v_ids), string_to_table(i_seqs, E'\n'), string_to_table(i_lines, E'\n'),
+            string_to_table(i_timeout_lines, E'\n'), string_to_table(i_delays_ms, E'\n'), string_to_table(i_needed, E'\n'),
+            string_to_table(i_tolerances, E'\n'), string_to_table(i_cancels_rest, E'\n'))
+            q(id, seq, line, timeout_line, delay_ms, needed, tolerance, cancels_rest)
+        where q.id <> all (v_refused)
+    ), groups as (
+        update durable.fanout f
+        set wait_seq = w.seq, needed = w.needed, tolerance = w.tolerance, cancels_rest = w.cancels_rest
+        from waits w where f.id = w.id
+    ), rows as (
+        insert into durable.wait (id, seq, line, due, since, names, signal_line)
+        select w.id, w.seq, w.timeout_line, coalesce(v_now + make_interval(secs => w.delay_ms / 1000), 'infinity'), durable.now(), '{}',
+            nullif(w.line, w.timeout_line)
+        from waits w
+        on conflict do nothing
+    )
+    select array_agg(w.id), array_agg(w.seq), array_agg(w.delay_ms) into v_timed_ids, v_timed_seqs, v_delays_ms
+    from waits w where w.delay_ms is not null;
+    perform durable.append_lines(v_refused, v_refused_lines);
+    if v_timed_ids is not null then
+        perform durable.set_timers(v_timed_ids, v_timed_seqs, array_fill(null::text, array[cardinality(v_timed_ids)]), v_delays_ms);
+    end if;
+    perform durable.resume_parents(v_ids);
+end
+$$;
+
+-- durable.parents_of(ids): the parents of those of these workflows that have one.
+create or replace function durable.parents_of(i_ids uuid[]) returns table (id uuid, parent uuid, parent_seq int)
+language sql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select s.id, s.parent, s.parent_seq from unnest(i_ids) i join durable.started s on s.id = i and s.day = durable.day_of(i)
+    where s.parent is not null
+$$;
+
+-- durable.lock_groups(parents): their groups until the transaction ends, in one order.
+create or replace function durable.lock_groups(i_parents uuid[]) returns void
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select count(*) from (select from durable.fanout f where f.id = any (i_parents) order by f.id for update) f
+$$;
+
+-- durable.lock_groups(ids, ended): before a page's first lock on a group or a wait: the groups of these parents, and of the parents
+-- of what ends in the same transaction.
+create or replace function durable.lock_groups(i_ids text, i_ended text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if exists (select from durable.fanout) then
+        perform durable.lock_groups(string_to_array(i_ids, E'\n')::uuid[]
+            || array(select p.parent from durable.parents_of(string_to_array(i_ended, E'\n')::uuid[]) p));
+    end if;
+end
+$$;
+
+-- durable.end_children(ids, statuses): these workflows have ended in this transaction; parents whose count that completes go on.
+-- Locks: the groups of their parents, sorted, then the waits. Tables: fanout (a row a parent), wait (a row deleted), the logs.
+-- Hazard: counted under the group's lock: two transactions that each end one of the last two would otherwise each see one missing.
+create or replace function durable.end_children(i_ids uuid[], i_statuses text[]) returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_parents uuid[] := array(select distinct p.parent from durable.parents_of(i_ids) p);
+begin
+    if v_parents = '{}' then
+        return;
+    end if;
+    perform durable.lock_groups(v_parents);
+    update durable.fanout f set completed = f.completed + e.completed, failed = f.failed + e.failed
+    from (select p.parent, p.parent_seq, count(*) filter (where q.status = 'completed') as completed,
+              count(*) filter (where q.status <> 'completed') as failed
+          from unnest(i_ids, i_statuses) q(id, status) join durable.parents_of(i_ids) p on p.id = q.id
+          group by p.parent, p.parent_seq) e
+    where f.id = e.parent and f.seq = e.parent_seq;
+    perform durable.resume_parents(v_parents);
+end
+$$;
+
+-- durable.resume_parents(ids): of these parents, whose groups this transaction has locked, those that wait and need wait no longer.
+create or replace function durable.resume_parents(i_ids uuid[]) returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_ids uuid[];
+    v_lines text[];
+    v_cancelling uuid[];
+begin
+    with held as materialized (
+        select w.id, w.seq, f.cancels_rest from durable.fanout f join durable.wait w on w.id = f.id and w.seq = f.wait_seq
+        where f.id = any (i_ids) and durable.is_satisfied(f) order by w.id for update of w
+    ), resumed as (
+        delete from durable.wait w using held h where w.id = h.id and w.seq = h.seq
+        returning w.id, coalesce(w.signal_line, w.line) as line, h.cancels_rest
+    )
+    select array_agg(r.id), array_agg(r.line), array_agg(r.id) filter (where r.cancels_rest) into v_ids, v_lines, v_cancelling
+    from resumed r;
+    perform durable.append_lines(v_ids, v_lines);
+    if v_cancelling is not null then
+        perform durable.cancel_lines(array_agg(s.id), 'its siblings were enough', null)
+        from durable.fanout f join durable.started s on s.parent = f.id and s.parent_seq = f.seq
+        where f.id = any (v_cancelling) and not exists (select from durable.finished e where e.id = s.id and e.day = s.day);
+    end if;
+end
+$$;
+
+-- durable.children(parent, first, limit): the last group of a workflow's children, by number: whole ids, for who holds the parent's.
+-- status: running, stuck, completed, failed or cancelled; output: of those that have ended, as durable.finished has it.
+create or replace function durable.children(i_parent uuid, i_first int default 0, i_limit int default 1000)
+returns table (number int, id uuid, workflow text, status text, output text)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select s.number, s.id, s.workflow,
+        coalesce(f.status, case when exists (select from durable.dead_letter d where d.id = s.id) then 'stuck' else 'running' end), f.output
+    from durable.fanout g
+    join durable.started s on s.parent = g.id and s.parent_seq = g.seq
+    left join durable.finished f on f.id = s.id and f.day = s.day
+    where g.id = i_parent and s.number >= i_first
+    order by s.number limit i_limit
+$$;
+
+-- durable.children_of(parents, limit): the beginning of each of these parents' last groups, for a page that resumes them: so many of
+-- each; a parent a line.
+create or replace function durable.children_of(i_parents text, i_limit int)
+returns table (parent uuid, number int, id uuid, workflow text, status text, output text)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select p.id, c.* from (select distinct q::uuid as id from string_to_table(i_parents, E'\n') q) p
+    cross join lateral durable.children(p.id, 0, i_limit) c
+$$;
+
+-- durable.group_of(parent): how many children the last group has, and how many of them have ended which way; a row, or none.
+create or replace function durable.group_of(i_parent uuid) returns table (total int, completed int, failed int)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$ select f.total, f.completed, f.failed from durable.fanout f where f.id = i_parent $$;
+
+-- durable.is_awaited(id): whether it is of the last group of a live parent, which may still read how it ended.
+create or replace function durable.is_awaited(i_id uuid) returns boolean
+language sql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select exists (
+        select from durable.started s join durable.fanout f on f.id = s.parent and f.seq = s.parent_seq
+        where s.id = i_id and s.day = durable.day_of(i_id) and durable.is_live(f.id))
+$$;

@@ -1,0 +1,34 @@
+-- Children and joins. Run once.
+
+-- Their answers have more columns now; a function's columns cannot be replaced.
+drop function if exists durable.asides();
+drop function if exists durable.forget_signals(uuid[]);
+drop function if exists durable.of_signals(int);
+drop function if exists durable.deliver_cancels(text, text, text);
+drop function if exists durable.cancel(uuid, text, text);
+
+-- A child knows its parent for as long as it is known itself. number: from 0, in the parent's group that begins with step parent_seq.
+alter table durable.started
+    add column parent uuid,
+    add column parent_seq int,
+    add column number int;
+create index on durable.started (parent, parent_seq, number) where parent is not null;
+
+-- A row a workflow that ever spawned: its last group of children. Each page that ends some of them changes it once.
+create table durable.fanout (
+    id uuid primary key,
+    seq int not null,
+    total int not null,
+    completed int not null default 0,
+    failed int not null default 0,
+    wait_seq int,
+    needed int,
+    tolerance int,
+    cancels_rest boolean not null default false
+) with (fillfactor = 50);
+comment on column durable.fanout.seq is 'The step that spawned the first of the group.';
+comment on column durable.fanout.failed is 'How many have ended otherwise than completed.';
+comment on column durable.fanout.wait_seq is 'The step that the parent goes on with; null while it has not begun to wait: the group may still grow.';
+comment on column durable.fanout.needed is 'So many completed children are enough; null: all have to end.';
+comment on column durable.fanout.tolerance is 'With more failed children than this the parent goes on at once; null: with any number it waits.';
+comment on column durable.wait.names is 'The signals that resume it; none (an empty array): its children do; null: a sleep, which only its timer ends.';
