@@ -368,98 +368,67 @@ def test_an_end_that_comes_twice_counts_once(app: App, conn: Connection) -> None
     assert handle.status() == "running"
 
 
-def test_a_child_ends_while_its_parent_begins_to_wait(
-    app: App, conn: Connection, dsn: str, eventually: Callable[..., None]
+CHILD = (Child("child", 1, "act", '{"does":"wait"}', 0.0),)
+
+
+def spawn(handle: Handle) -> Callable[[Connection], None]:
+    spawning = Spawning(envelope_of(handle.id, 2, "parent", "fan"), 1, CHILD)
+    return lambda tx: side_statements.spawn(tx, [spawning])
+
+
+def cancel(handle: Handle) -> Callable[[Connection], None]:
+    line = envelope_of(handle.id, 1, "@cancel", "cancel")
+    return lambda tx: side_statements.deliver_cancels(tx, [Cancel(line, "enough", "")])
+
+
+def resumptions(conn: Connection, handle: Handle) -> int:
+    """How often the step after the join stands in the log."""
+    query = "select l.id || l.step from durable.shard s cross join lateral durable.log(s.shard) l"
+    return conn.execute(query).fetchall().count((f"{handle.id[:12]}collect",))
+
+
+@pytest.mark.parametrize("is_end_first", [True, False])
+def test_the_last_child_ends_while_its_parent_begins_to_wait(
+    app: App, conn: Connection, dsn: str, eventually: Callable[..., None], is_end_first: bool
 ) -> None:
-    """The group has grown by a spawn; its only child ends in one session, the wait begins in the other; in both orders."""
-    for is_end_first in (True, False):
-        handle = app.workflow("parent").start({"waves": [["wait"]], "children": ["wait"]})
-        with conn.transaction():
-            spawning = Spawning(
-                envelope_of(handle.id, 2, "parent", "fan"), 1, (Child("child", 1, "act", '{"does":1}', 0),)
-            )
-            side_statements.spawn(conn, [spawning])
-        (child,) = ids_of(conn, handle)
-        next_ = envelope_of(handle.id, 3, "parent", "collect")
-        joining = Joining(next_, next_, 2, (), None, None, None, False)
-        with two_sessions(dsn) as (first, second), ThreadPoolExecutor() as pool:
-            acts: list[Callable[[Connection], None]] = [
-                lambda tx, child=child: end(tx, child),  # type: ignore[misc]
-                lambda tx, joining=joining: side_statements.await_children(tx, [joining]),  # type: ignore[misc]
-            ]
-            one_, other = acts if is_end_first else reversed(acts)
-            one_(first)
-            acting = pool.submit(other, second)
-            eventually(blocked(conn, second))
-            first.commit()
-            acting.result(5)
-            second.commit()
-        assert one(conn, "select count(*) from durable.wait where id = %s", handle.id) == 0
-        found = one(
-            conn,
-            "select sum((select count(*) from durable.log(s.shard) l where l.id = %s and l.step = 'collect'))"
-            " from durable.shard s",
-            handle.id[:12],
-        )
-        assert found == 1
+    handle = app.workflow("parent").start({})
+    with conn.transaction():
+        spawn(handle)(conn)
+    (child,) = ids_of(conn, handle)
+    next_ = envelope_of(handle.id, 3, "parent", "collect")
+    joining = Joining(next_, next_, 2, (), None, None, None, False)
+    acts = [lambda tx: end(tx, child), lambda tx: side_statements.await_children(tx, [joining])]
+    at_once(conn, dsn, eventually, *(acts if is_end_first else reversed(acts)))
+    assert one(conn, "select count(*) from durable.wait") == 0
+    assert resumptions(conn, handle) == 1
 
 
-def test_a_parent_that_was_cancelled_while_it_spawned_spawns_nothing_or_all_is_cancelled(
-    app: App, conn: Connection, dsn: str, eventually: Callable[..., None]
+@pytest.mark.parametrize("is_cancel_first", [True, False])
+def test_what_a_parent_spawns_while_it_is_cancelled_is_cancelled_or_never_was(
+    app: App, conn: Connection, dsn: str, eventually: Callable[..., None], is_cancel_first: bool
 ) -> None:
-    child = (Child("child", 1, "act", '{"does":"wait"}', 0.0),)
-    for is_cancel_first in (True, False):
-        handle = app.workflow("parent").start({})
-        spawning = Spawning(envelope_of(handle.id, 2, "parent", "fan"), 1, child)
-        line = envelope_of(handle.id, 1, "@cancel", "cancel")
-        with two_sessions(dsn) as (first, second), ThreadPoolExecutor() as pool:
-            acts: list[Callable[[Connection], None]] = [
-                lambda tx, line=line: side_statements.deliver_cancels(tx, [Cancel(line, "enough", "")]),  # type: ignore[misc]
-                lambda tx, spawning=spawning: side_statements.spawn(tx, [spawning]),  # type: ignore[misc]
-            ]
-            one_, other = acts if is_cancel_first else reversed(acts)
-            one_(first)
-            acting = pool.submit(other, second)
-            eventually(blocked(conn, second))
-            first.commit()
-            acting.result(5)
-            second.commit()
-        app.run(until_idle=True)
-        children = ids_of(conn, handle)
-        assert len(children) == (0 if is_cancel_first else 1)
-        assert all(
-            one(conn, "select status from durable.finished where id = %s", child) == "cancelled" for child in children
-        )
-        assert handle.status() == "cancelled"
+    handle = app.workflow("parent").start({})
+    acts = [cancel(handle), spawn(handle)]
+    at_once(conn, dsn, eventually, *(acts if is_cancel_first else reversed(acts)))
+    app.run(until_idle=True)
+    children = ids_of(conn, handle)
+    assert len(children) == (0 if is_cancel_first else 1)
+    assert all(
+        one(conn, "select status from durable.finished where id = %s", child) == "cancelled" for child in children
+    )
+    assert handle.status() == "cancelled"
 
 
-def test_a_child_ends_while_its_parent_is_cancelled(
-    app: App, conn: Connection, dsn: str, eventually: Callable[..., None]
+@pytest.mark.parametrize("is_cancel_first", [True, False])
+def test_the_last_child_ends_while_its_parent_is_cancelled(
+    app: App, conn: Connection, dsn: str, eventually: Callable[..., None], is_cancel_first: bool
 ) -> None:
-    for is_cancel_first in (True, False):
-        handle, (child,) = parent_that_waits(app, conn, 1)
-        line = envelope_of(handle.id, 1, "@cancel", "cancel")
-        with two_sessions(dsn) as (first, second), ThreadPoolExecutor() as pool:
-            acts: list[Callable[[Connection], None]] = [
-                lambda tx, line=line: side_statements.deliver_cancels(tx, [Cancel(line, "enough", "")]),  # type: ignore[misc]
-                lambda tx, child=child: end(tx, child),  # type: ignore[misc]
-            ]
-            one_, other = acts if is_cancel_first else reversed(acts)
-            one_(first)
-            acting = pool.submit(other, second)
-            eventually(blocked(conn, second))
-            first.commit()
-            acting.result(5)
-            second.commit()
-        found = one(
-            conn,
-            "select sum((select count(*) from durable.log(s.shard) l where l.id = %s and l.step = 'collect'))"
-            " from durable.shard s",
-            handle.id[:12],
-        )
-        assert found == 1, "resumed once, by the cancel or by the child"
-        app.run(until_idle=True)
-        assert handle.status() == "cancelled"
+    handle, (child,) = parent_that_waits(app, conn, 1)
+    acts = [cancel(handle), lambda tx: end(tx, child)]
+    at_once(conn, dsn, eventually, *(acts if is_cancel_first else reversed(acts)))
+    assert resumptions(conn, handle) == 1, "resumed once, by the cancel or by the child"
+    app.run(until_idle=True)
+    assert handle.status() == "cancelled"
 
 
 def test_a_page_that_spawns_and_is_read_again_has_spawned_once(app: App, conn: Connection, dsn: str) -> None:
