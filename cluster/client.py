@@ -151,7 +151,7 @@ class Client:
 
     def children(self, parent_id: str, first: int, limit: int) -> list[ChildResult]:
         """So many of the children that a workflow spawned last, from number ``first`` on."""
-        return side_statements.children(self.connection(), parent_id, first, limit)
+        return side_statements.children_of(self.connection(), [parent_id], first=first, limit=limit)[parent_id]
 
     def close(self) -> None:
         """Close every connection of this process, then let go of the local Postgres."""

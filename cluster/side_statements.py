@@ -147,27 +147,15 @@ def await_children(tx: Connection, joining: Sequence[Joining]) -> None:
     _call_with_columns(tx, "await_children", columns)
 
 
-def children(connection: Connection, parent_id: str, first: int, limit: int) -> list[ChildResult]:
-    """So many of the last group of a workflow's children, from number ``first`` on."""
-    with translated():
-        rows = (
-            plain_cursor(connection)
-            .execute(
-                "select number, durable.hex(id), workflow, status, output from durable.children(%s::uuid, %s, %s)",
-                (parent_id, first, limit),
-            )
-            .fetchall()
-        )
-    return [result_of(*row) for row in rows]
-
-
-def children_of(connection: Connection, parent_ids: Sequence[str]) -> dict[str, list[ChildResult]]:
-    """The first ``RESULTS_AT_ONCE`` children of each of these workflows."""
+def children_of(
+    connection: Connection, parent_ids: Sequence[str], *, first: int = 0, limit: int = RESULTS_AT_ONCE
+) -> dict[str, list[ChildResult]]:
+    """So many of the last group of each workflow's children, from number ``first`` on."""
     found: dict[str, list[ChildResult]] = {parent_id: [] for parent_id in parent_ids}
     with translated():
         rows = plain_cursor(connection).execute(
-            "select durable.hex(parent), number, durable.hex(id), workflow, status, output from durable.children_of(%s, %s)",
-            ("\n".join(parent_ids), RESULTS_AT_ONCE),
+            "select durable.hex(parent), number, durable.hex(id), workflow, status, output from durable.children_of(%s, %s, %s)",
+            ("\n".join(parent_ids), first, limit),
         )
         for parent_id, *row in rows:
             found[parent_id].append(result_of(*row))

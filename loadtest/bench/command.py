@@ -29,6 +29,8 @@ CALLED = {
     OURS: "durable-cluster",
     "ours_dedup": "C: with a dedup row a step",
     "ours_status": "D: with a status row",
+    "ours_waiting": "a wait on every step",
+    "ours_joining": "a join on every step",
     "ours_1_shard": "one shard, one process",
     "ours_2_shards": "two shards, two processes",
     "ours_8_shards": "eight shards, eight processes",

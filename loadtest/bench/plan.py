@@ -19,6 +19,7 @@ from durable_cluster.loadtest.peers.base import System
 OURS = "ours"
 PEERS = ("dbos", "absurd", "procrastinate", "pgqueuer", "skip_locked")
 WITH_A_ROW_MORE = ("ours_dedup", "ours_status")
+COORDINATING = ("ours_waiting", "ours_joining")
 VARIANTS = ("status_row_set", "status_row_pipelined", OURS, *WITH_A_ROW_MORE)
 WORKLOADS = ("W1", "W2", "W4", "W5", "W6", "W7", "W8")
 MODULES = MappingProxyType(
@@ -26,6 +27,8 @@ MODULES = MappingProxyType(
         "ours": "ours:Ours",
         "ours_dedup": "ours:OursWithDedup",
         "ours_status": "ours:OursWithStatus",
+        "ours_waiting": "ours:OursWaiting",
+        "ours_joining": "ours:OursJoining",
         "ours_1_shard": "ours:OursOnOneShard",
         "ours_2_shards": "ours:OursOnTwoShards",
         "ours_8_shards": "ours:OursOnEightShards",
@@ -126,10 +129,13 @@ def jobs(scale: Scale, *, systems: Sequence[str], workloads: Sequence[str]) -> l
 
 
 def _loads(scale: Scale, systems: Sequence[str]) -> Iterable[Job]:
-    """W1 by turns, then beside a held snapshot."""
+    """W1 by turns, with a wait or a join a step, then beside a held snapshot."""
     for round_ in range(1, scale.rounds + 1):
         for name in systems:
             yield _load(name, scale, "", seconds=scale.seconds, round_=round_)
+    if OURS in systems:
+        for name in COORDINATING:
+            yield _load(name, scale, "", seconds=scale.seconds)
     for name in systems:
         if scale.has_matrix or name not in WITH_A_ROW_MORE:
             yield _load(name, scale, HELD, seconds=scale.held_s / 3, held_s=scale.held_s)

@@ -32,7 +32,6 @@ REASONS = MappingProxyType(
         "lone chain, a step, p50": _LONE,
         "lone chain, a step, p99": "the same, beside what else the machine does.",
         "W2 lone ten-step flow, p50": "ten lone steps, a start, and the consumer's waking.",
-        "W5 fan-out with join": "the product has no joins yet.",
         "W8 starts, one by one": (
             "a start is a commit with two rows (`started` with two index entries, the log) in about 12 SQL statements: 0.4 ms of "
             "processor time in Postgres and 0.15 ms in the client."

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
+
+import msgspec
 
 from durable_cluster import App, Context, Continuation, schema
 from durable_cluster.app import Machine
@@ -27,6 +29,10 @@ STARTED_AT_ONCE = 10_000
 app = App("bench")
 flow_machine = app.machine("flow", state=Flow)
 pausing_machine = app.machine("pausing", state=Flow)
+waiting_machine = app.machine("waiting", state=Flow)
+joining_machine = app.machine("joining", state=Flow)
+child_machine = app.machine("child", state=int)
+family_machine = app.machine("family", state=Flow)
 
 
 @flow_machine.step(start=True)
@@ -43,12 +49,47 @@ async def run_beside(ctx: Context, flow: Flow) -> Continuation:
     return ctx.done() if after is None else ctx.goto(run_beside, after)
 
 
+@waiting_machine.step(start=True)
+def run_and_wait(ctx: Context, flow: Flow) -> Continuation:
+    """Any of the steps; before the next, a wait for a signal that does not come, for a millisecond."""
+    after = work.step(flow)
+    return ctx.done() if after is None else ctx.wait_for("never", timeout=0.001, then=run_and_wait, state=after)
+
+
+@joining_machine.step(start=True)
+def run_and_join(ctx: Context, flow: Flow) -> Continuation:
+    """Any of the steps; before the next, a child of one step that it waits for."""
+    after = work.step(flow)
+    return ctx.done() if after is None else ctx.gather([child_machine.child(0)], then=run_and_join, state=after)
+
+
+@child_machine.step(start=True)
+def end(ctx: Context, number: int) -> Continuation:
+    """All that a child does."""
+    return ctx.done(number)
+
+
+@family_machine.step(start=True)
+def fan_out(ctx: Context, flow: Flow) -> Continuation:
+    """Spawns as many flows of one step as ``ballast`` says."""
+    width = int(flow.ballast)
+    children = [flow_machine.child(Flow(-(flow.number * width + child), of=1)) for child in range(1, width + 1)]
+    return ctx.gather(children, then=joined, state=msgspec.structs.replace(flow, ballast=""))
+
+
+@family_machine.step()
+def joined(ctx: Context, flow: Flow) -> Continuation:
+    """The only step of the flow that spawned, after all of the others."""
+    ctx.results.values()
+    work.step(flow)
+    return ctx.done()
+
+
 class Ours(System):
     """The product."""
 
     name = "ours"
     configuration = "`durable-cluster start --shards 4` with the default settings: one consumer process a shard."
-    lacks: ClassVar[Mapping[str, str]] = {"W5": "no joins yet"}
     shards: ClassVar[int] = SHARDS
     trigger: ClassVar[str | None] = None
 
@@ -84,6 +125,9 @@ class Ours(System):
             assert now is not None
             flow_machine.start_many(flows, after=due_s - now[0], tx=self._connection)
 
+    def start_fan_out(self, flow: Flow, width: int) -> None:
+        family_machine.start(msgspec.structs.replace(flow, ballast=str(width)), tx=self._connection)
+
     @contextmanager
     def workers(self, count: int) -> Iterator[Workers]:
         os.environ[work.DIRECTORY] = str(self.directory)
@@ -97,8 +141,7 @@ class Ours(System):
     def close(self) -> None:
         self._connection.close()
 
-    @staticmethod
-    def _machine(flows: Sequence[Flow]) -> Machine:
+    def _machine(self, flows: Sequence[Flow]) -> Machine:
         return pausing_machine if flows[0].pause_ms else flow_machine
 
 
@@ -146,6 +189,26 @@ class OursWithStatus(Ours):
             on conflict (id) do update set seq = excluded.seq, at = excluded.at;
             return null;
         end $$"""
+
+
+class OursWaiting(Ours):
+    """A wait a step: rows in ``durable.wait``, timers and their sweeps."""
+
+    name = "ours_waiting"
+    configuration = "The product; every step waits for a signal and goes on after a millisecond without it."
+
+    def _machine(self, flows: Sequence[Flow]) -> Machine:
+        return waiting_machine
+
+
+class OursJoining(Ours):
+    """A join a step: another workflow started, ended and counted for each."""
+
+    name = "ours_joining"
+    configuration = "The product; every step spawns a child, a workflow of one step, and waits for it."
+
+    def _machine(self, flows: Sequence[Flow]) -> Machine:
+        return joining_machine
 
 
 class OursOnOneShard(Ours):

@@ -31,7 +31,7 @@ begin
     grant execute on function durable.start(text, int, text, text, text, interval),
         durable.start_many(text, int, text, text, text, interval), durable.now(), durable.find(text, text), durable.state_of(uuid), durable.outcome(uuid),
         durable.signal(uuid, text, text, text, text, text), durable.cancel(uuid, text, text, boolean),
-        durable.children(uuid, int, int), durable.group_of(uuid) to durable_client;
+        durable.children_of(text, int, int), durable.group_of(uuid) to durable_client;
 
     grant execute on all functions in schema durable to durable_worker;
     revoke execute on function durable.lay_out(int) from durable_worker;

@@ -29,6 +29,7 @@ declare
     v_refused uuid[];
     v_groups durable.fanout[];
     v_now timestamptz := durable.now();
+    v_today int := floor(extract(epoch from v_now) / 86400);
     v_at_once_ids uuid[];
     v_at_once_lines text[];
     v_later_ids uuid[];
@@ -44,8 +45,9 @@ begin
         select p.id, min(p.seq) as seq, sum(p.n)::int as n from unnest(v_ids, v_seqs, v_counts) p(id, seq, n)
         where p.id <> all (v_refused) group by p.id order by p.id
     ), groups as (
-        insert into durable.fanout as f (id, seq, total) select p.id, p.seq, p.n from parents p
+        insert into durable.fanout as f (id, day, seq, total) select p.id, v_today, p.seq, p.n from parents p
         on conflict (id) do update set
+            day = case when f.wait_seq is null then f.day else excluded.day end,
             seq = case when f.wait_seq is null then f.seq else excluded.seq end,
             total = case when f.wait_seq is null then f.total else 0 end + excluded.total,
             completed = case when f.wait_seq is null then f.completed else 0 end,
@@ -108,8 +110,8 @@ begin
     select coalesce(array_agg(q.id), '{}'), array_agg(q.line) into v_refused, v_refused_lines
     from rows from (unnest(v_ids), string_to_table(i_lines, E'\n'), string_to_table(i_cleanups, E'\n')) q(id, line, cleanup)
     where coalesce(q.cleanup, '') = '' and exists (select from durable.cancelled c where c.id = q.id);
-    insert into durable.fanout (id, seq, total)
-    select distinct q.id, 0, 0 from unnest(v_ids) q(id) where q.id <> all (v_refused) order by 1
+    insert into durable.fanout (id, day, seq, total)
+    select distinct q.id, durable.today(), 0, 0 from unnest(v_ids) q(id) where q.id <> all (v_refused) order by 1
     on conflict do nothing;
     perform durable.lock_groups(v_ids);
     with waits as (
@@ -141,13 +143,24 @@ begin
 end
 $$;
 
--- durable.parents_of(ids): the parents of those of these workflows that have one.
-create or replace function durable.parents_of(i_ids uuid[]) returns table (id uuid, parent uuid, parent_seq int)
-language sql stable
+-- durable.parents_of(ids, statuses): the groups that these workflows are children of, and how many of each completed and did not.
+-- Hazard: never by reading whole tables, whatever the planner knew of them when a session first asked.
+create or replace function durable.parents_of(i_ids uuid[], i_statuses text[] default null)
+returns table (parent uuid, parent_seq int, completed int, failed int)
+language plpgsql stable
 set search_path = pg_catalog, durable, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
-    select s.id, s.parent, s.parent_seq from unnest(i_ids) i join durable.started s on s.id = i and s.day = durable.day_of(i)
-    where s.parent is not null
+begin
+    return query
+        select s.parent, s.parent_seq, count(*) filter (where q.status = 'completed')::int, count(*) filter (where q.status <> 'completed')::int
+        from unnest(i_ids, i_statuses) q(id, status)
+        cross join lateral (
+            select c.parent, c.parent_seq from durable.started c
+            where c.id = q.id and c.day = durable.day_of(q.id) and c.parent is not null
+            offset 0) s
+        group by s.parent, s.parent_seq;
+end
 $$;
 
 -- durable.lock_groups(parents): their groups until the transaction ends, in one order.
@@ -180,17 +193,20 @@ language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
-    v_parents uuid[] := array(select distinct p.parent from durable.parents_of(i_ids) p);
+    v_parents uuid[];
+    v_seqs int[];
+    v_completed int[];
+    v_failed int[];
 begin
-    if v_parents = '{}' then
+    select array_agg(p.parent), array_agg(p.parent_seq), array_agg(p.completed), array_agg(p.failed)
+    into v_parents, v_seqs, v_completed, v_failed
+    from durable.parents_of(i_ids, i_statuses) p;
+    if v_parents is null then
         return;
     end if;
     perform durable.lock_groups(v_parents);
     update durable.fanout f set completed = f.completed + e.completed, failed = f.failed + e.failed
-    from (select p.parent, p.parent_seq, count(*) filter (where q.status = 'completed') as completed,
-              count(*) filter (where q.status <> 'completed') as failed
-          from unnest(i_ids, i_statuses) q(id, status) join durable.parents_of(i_ids) p on p.id = q.id
-          group by p.parent, p.parent_seq) e
+    from unnest(v_parents, v_seqs, v_completed, v_failed) e(parent, parent_seq, completed, failed)
     where f.id = e.parent and f.seq = e.parent_seq;
     perform durable.resume_parents(v_parents);
 end
@@ -207,8 +223,10 @@ declare
     v_cancelling uuid[];
 begin
     with held as materialized (
-        select w.id, w.seq, f.cancels_rest from durable.fanout f join durable.wait w on w.id = f.id and w.seq = f.wait_seq
-        where f.id = any (i_ids) and durable.is_satisfied(f) order by w.id for update of w
+        select w.id, w.seq, g.cancels_rest
+        from (select f.id, f.wait_seq, f.cancels_rest from durable.fanout f where f.id = any (i_ids) and durable.is_satisfied(f)
+              order by f.id offset 0) g
+        cross join lateral (select w.id, w.seq from durable.wait w where w.id = g.id and w.seq = g.wait_seq for update) w
     ), resumed as (
         delete from durable.wait w using held h where w.id = h.id and w.seq = h.seq
         returning w.id, coalesce(w.signal_line, w.line) as line, h.cancels_rest
@@ -224,31 +242,31 @@ begin
 end
 $$;
 
--- durable.children(parent, first, limit): the last group of a workflow's children, by number: whole ids, for who holds the parent's.
+-- durable.children_of(parents, first, limit): of the last group of each of these workflows (a line each), so many children from that
+-- number on: whole ids, for who holds the parent's.
 -- status: running, stuck, completed, failed or cancelled; output: of those that have ended, as durable.finished has it.
-create or replace function durable.children(i_parent uuid, i_first int default 0, i_limit int default 1000)
-returns table (number int, id uuid, workflow text, status text, output text)
-language sql stable security definer
-set search_path = pg_catalog, durable, pg_temp
-as $$
-    select s.number, s.id, s.workflow,
-        coalesce(f.status, case when exists (select from durable.dead_letter d where d.id = s.id) then 'stuck' else 'running' end), f.output
-    from durable.fanout g
-    join durable.started s on s.parent = g.id and s.parent_seq = g.seq
-    left join durable.finished f on f.id = s.id and f.day = s.day
-    where g.id = i_parent and s.number >= i_first
-    order by s.number limit i_limit
-$$;
-
--- durable.children_of(parents, limit): the beginning of each of these parents' last groups, for a page that resumes them: so many of
--- each; a parent a line.
-create or replace function durable.children_of(i_parents text, i_limit int)
+create or replace function durable.children_of(i_parents text, i_first int default 0, i_limit int default 1000)
 returns table (parent uuid, number int, id uuid, workflow text, status text, output text)
-language sql stable security definer
+language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
-    select p.id, c.* from (select distinct q::uuid as id from string_to_table(i_parents, E'\n') q) p
-    cross join lateral durable.children(p.id, 0, i_limit) c
+declare
+    v_today int := durable.today();
+begin
+    return query
+        select g.id, s.number, s.id, s.workflow,
+            coalesce(f.status, case when exists (select from durable.dead_letter d where d.id = s.id) then 'stuck' else 'running' end), f.output
+        from durable.fanout g
+        cross join lateral (
+            select c.id, c.day, c.number, c.workflow from durable.started c
+            where c.parent = g.id and c.parent_seq = g.seq and c.day between g.day and v_today
+                and c.number >= i_first and c.number < i_first + i_limit
+            offset 0) s
+        left join durable.finished f on f.id = s.id and f.day = s.day
+        where g.id = any (string_to_array(i_parents, E'\n')::uuid[])
+        order by 1, 2;
+end
 $$;
 
 -- durable.group_of(parent): how many children the last group has, and how many of them have ended which way; a row, or none.

@@ -17,6 +17,7 @@ create index on durable.started (parent, parent_seq, number) where parent is not
 -- A row a workflow that ever spawned: its last group of children. Each page that ends some of them changes it once.
 create table durable.fanout (
     id uuid primary key,
+    day int not null,
     seq int not null,
     total int not null,
     completed int not null default 0,
@@ -26,6 +27,7 @@ create table durable.fanout (
     tolerance int,
     cancels_rest boolean not null default false
 ) with (fillfactor = 50);
+comment on column durable.fanout.day is 'When the first of the group was spawned: they start on that day or later.';
 comment on column durable.fanout.seq is 'The step that spawned the first of the group.';
 comment on column durable.fanout.failed is 'How many have ended otherwise than completed.';
 comment on column durable.fanout.wait_seq is 'The step that the parent goes on with; null while it has not begun to wait: the group may still grow.';
