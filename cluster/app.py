@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 import psycopg
 
+from durable_cluster import side_statements
 from durable_cluster.client import Client, Handle
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
@@ -189,6 +190,14 @@ class Machine:
         first = self._first()
         delay_s = 0.0 if after is None else seconds(after, what="after")
         return Child(self.name, self.version, first.name, self._payload(first, value), delay_s)
+
+    def pause(self, *, actor: str | None = None) -> bool:
+        """From now on no workflow of this kind begins a step, until ``resume``; new ones may be started. Whether that is new."""
+        return side_statements.pause(self.app.client.connection(), "type", self.name, actor=actor)
+
+    def resume(self) -> bool:
+        """Let them go on. Whether they were paused."""
+        return side_statements.resume(self.app.client.connection(), "type", self.name) is not None
 
     def get(self, *, key: str) -> Handle:
         """The workflow that was started with ``key``. Raises UnknownWorkflow."""

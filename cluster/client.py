@@ -253,6 +253,17 @@ class Handle:
         where = tx if tx is not None else self._client.connection()
         return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
 
+    def pause(self, *, actor: str | None = None) -> bool:
+        """From its next step on the workflow stands still, until ``resume``. Whether that is new.
+
+        Signals, timers and cancels still reach it. The database role has to be an operator. Raises UnknownWorkflow.
+        """
+        return side_statements.pause(self._client.connection(), "workflow", self.id, actor=actor)
+
+    def resume(self) -> bool:
+        """Go on after a pause. Whether there was one. Raises UnknownWorkflow."""
+        return side_statements.resume(self._client.connection(), "workflow", self.id) is not None
+
     def children(self) -> Results:
         """The children that it spawned last, and what became of them."""
         return Results(partial(self._client.children, self.id))

@@ -256,7 +256,10 @@ class Consumer:
         try:
             page = decode_page(text)
         except AmbiguousPage:
-            page = decode_page(self._read(batch, lines_max=1))
+            alone = self._read(batch, lines_max=1)
+            if alone is None:
+                return None
+            page = decode_page(alone)
         try:
             with telemetry.page_span(shard, page):
                 done = self._pages.run(Window(shard=shard, owner=self.owner), page)
@@ -272,7 +275,7 @@ class Consumer:
             del self._open[shard]
         return None if done.is_window_finished or should_stop() else self._read(batch)
 
-    def _read(self, batch: int, *, lines_max: int | None = None) -> str:
+    def _read(self, batch: int, *, lines_max: int | None = None) -> str | None:
         limits = self._limits if lines_max is None else {**self._limits, "lines_max": lines_max}
         return statements.page(self._connection, batch=batch, owner=self.owner, **limits)
 

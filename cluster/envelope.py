@@ -88,7 +88,7 @@ class Header(msgspec.Struct, frozen=True):
     """The first line of a page's text: see ``durable.page``. ``events``: their transaction and event ids.
 
     ``suspects``: so many lines from here on run one by one, because a process died with one of them.
-    ``cancelled``: which of their workflows are, and why.
+    ``cancelled``: which of their workflows are, and why. ``paused``: ids, and names of types.
     """
 
     batch: int
@@ -98,6 +98,7 @@ class Header(msgspec.Struct, frozen=True):
     last: bool
     events: list[tuple[str, int]]
     cancelled: dict[str, str] = {}
+    paused: frozenset[str] = frozenset()
 
 
 class AmbiguousPage(Exception):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -60,7 +60,14 @@ class DeadLetter(msgspec.Struct, frozen=True):
 
 WAITS = (Wait, Spawn, Join)
 
-Result = Envelope | Outcome | Later | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+
+class Parked(msgspec.Struct, frozen=True):
+    """A step event that met a pause."""
+
+    envelope: Envelope
+
+
+Result = Envelope | Outcome | Later | Parked | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
@@ -106,6 +113,13 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
         envelope.state,
         cancelled=reason,
     )
+
+
+def is_paused(envelope: Envelope, paused: Collection[str]) -> bool:
+    """Whether a step has to wait for the end of a pause: signals and cancels do not, nor what cleans up after a cancel."""
+    if envelope.cancelled or envelope.workflow in (SIGNAL, CANCEL):
+        return False
+    return envelope.workflow in paused or envelope.workflow_id in paused
 
 
 def call(task: Task, context: Context) -> Result:

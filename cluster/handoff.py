@@ -25,7 +25,7 @@ from durable_cluster.beside import Run
 from durable_cluster.context import Context, short_id
 from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, encode_line
 from durable_cluster.errors import HandlerError
-from durable_cluster.executor import DeadLetter, Later, Result, Task
+from durable_cluster.executor import DeadLetter, Later, Parked, Result, Task
 from durable_cluster.joins import Joining, Spawning
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Cancel, Delivery, Waiting
@@ -58,9 +58,9 @@ class Answer(msgspec.Struct, frozen=True):
 Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
 
-NotInTheLog = Later | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+NotInTheLog = Later | Parked | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
 NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
-OfStripes = Later | Waiting | Spawning | Joining | Delivery | Cancel
+OfStripes = Later | Parked | Waiting | Spawning | Joining | Delivery | Cancel
 OF_STRIPES = frozenset(get_args(OfStripes))
 OfGroups = Spawning | Joining | Cancel
 OF_GROUPS = frozenset(get_args(OfGroups))
@@ -207,6 +207,8 @@ class Handoff:
             side_statements.schedule(
                 self._connection, [slot.envelope for slot in later], [slot.delay_s for slot in later]
             )
+        if parked := [slot.envelope for slot in results if isinstance(slot, Parked)]:
+            side_statements.park(self._connection, parked)
         if detached := [slot for slot in results if isinstance(slot, Detached)]:
             side_statements.detach(
                 self._connection,

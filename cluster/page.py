@@ -13,7 +13,7 @@ import psycopg
 from durable_cluster import executor, side_statements, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
-from durable_cluster.executor import Task
+from durable_cluster.executor import Parked, Task
 from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.settings import Settings
@@ -51,11 +51,12 @@ class PageRunner:
         self._marked: tuple[int, int, str] | None = None
         self._crashes = 0
         self._cancelled: Mapping[str, str] = {}
+        self._paused: frozenset[str] = frozenset()
         self._children: Mapping[str, list[ChildResult]] = {}
 
     def run(self, window: Window, page: Page) -> PageDone:
         """Run as much of ``page`` as its time window lets begin, and commit it. Raises BatchLost."""
-        self._cancelled = page.header.cancelled
+        self._cancelled, self._paused = page.header.cancelled, page.header.paused
         self._children = self._read_children(page)
         if page.header.suspects:
             return self._run_suspects(window, page)
@@ -135,6 +136,8 @@ class PageRunner:
             if isinstance(instead, Outcome):
                 return instead
             envelope = instead or envelope
+        if self._paused and executor.is_paused(envelope, self._paused):
+            return Parked(envelope)
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
         if task is None or not (isinstance(task, Task | Delivery | Cancel) or envelope.has_names):
             return self._begin(None)

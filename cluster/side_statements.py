@@ -22,6 +22,31 @@ def schedule(tx: Connection, envelopes: Sequence[Envelope], delays_s: Sequence[f
     _call_with_columns(tx, "schedule", columns)
 
 
+def park(tx: Connection, envelopes: Sequence[Envelope]) -> None:
+    """Step events that met a pause, in the transaction of their page; those whose pause is over by now go back to the log."""
+    columns = (
+        [one.workflow_id for one in envelopes],
+        [one.seq for one in envelopes],
+        [one.workflow for one in envelopes],
+        [encode_line(one) for one in envelopes],
+    )
+    _call_with_columns(tx, "park", columns)
+
+
+def pause(connection: Connection, scope: str, name: str, *, actor: str | None) -> bool:
+    """Let no step of a 'workflow', a 'type' or a 'shard' begin; whether that is new. Raises UnknownWorkflow, InputError."""
+    with translated():
+        row = plain_cursor(connection).execute("select durable.pause(%s, %s, %s)", (scope, name, actor)).fetchone()
+    return bool(row and row[0])
+
+
+def resume(connection: Connection, scope: str, name: str) -> int | None:
+    """Take a pause back; how many step events it held, None if there was none. Raises UnknownWorkflow, InputError."""
+    with translated():
+        row = plain_cursor(connection).execute("select durable.resume(%s, %s)", (scope, name)).fetchone()
+    return None if row is None else row[0]
+
+
 def sweep(connection: Connection) -> int:
     """Fire the timers that are due; how many. Writes nothing when there are none."""
     with translated():

@@ -35,7 +35,10 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a live workflow stands: queued, claimed, sleeping, detached or stuck; ``due`` (ISO 8601): until when it sleeps."""
+    """Where a live workflow stands: queued, claimed, sleeping, waiting, joining, detached, paused or stuck.
+
+    ``due`` (ISO 8601): until when it sleeps, or waits at the latest.
+    """
 
     shard: int
     place: str
@@ -215,8 +218,8 @@ def rescue(
     return row[0] if row else None
 
 
-def page(connection: Connection, *, batch: int, owner: int, lines_max: int, bytes_max: int) -> str:
-    """The next page of an open window. Raises BatchLost."""
+def page(connection: Connection, *, batch: int, owner: int, lines_max: int, bytes_max: int) -> str | None:
+    """The next page of an open window; None while its shard is paused. Raises BatchLost."""
     with translated():
         row = (
             plain_cursor(connection)
@@ -225,8 +228,7 @@ def page(connection: Connection, *, batch: int, owner: int, lines_max: int, byte
             )
             .fetchone()
         )
-    assert row is not None
-    return str(row[0])
+    return row[0] if row else None
 
 
 def fence(tx: Connection, *, batch: int, owner: int, done: str) -> None:

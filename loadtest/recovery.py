@@ -153,10 +153,11 @@ def _lines(connection: Connection, batch: int, owner: int) -> list[str]:
     """The keys of the lines of a window's next page."""
     limits = {"lines_max": SETTINGS.page_lines_max, "bytes_max": SETTINGS.page_bytes_max}
     try:
-        page = decode_page(statements.page(connection, batch=batch, owner=owner, **limits))
+        text = statements.page(connection, batch=batch, owner=owner, **limits)
     except BatchLost:
         return []
-    return [line.key for line in page.lines if line is not None]
+    page = decode_page(text) if text is not None else None
+    return [] if page is None else [line.key for line in page.lines if line is not None]
 
 
 def _first_s(connection: Connection, keys: list[str], killed_at: datetime, *, besides: int) -> float | None:

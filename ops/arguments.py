@@ -73,6 +73,11 @@ def parser() -> Parser:
 
     _add_cancel(command("cancel", "ask a workflow to end; its cleanup runs in place of its next step"))
 
+    _add_pause(command("pause", "let no step of a workflow, of all of a type, or of a shard begin")).add_argument(
+        "--actor", metavar="WHO", help="who pauses"
+    )
+    _add_pause(command("resume", "let go on what was paused"))
+
     command("status", "show the cluster, shard by shard")
 
     list_ = command("list", "list workflows, newest first")
@@ -116,6 +121,15 @@ def _add_cancel(cancel: Parser) -> None:
     cancel.add_argument("--reason", default="cancelled", help="why, for whoever asks later")
     cancel.add_argument("--actor", metavar="WHO", help="who cancels")
     cancel.add_argument("--no-cascade", dest="cascade", action="store_false", help="leave its children alone")
+
+
+def _add_pause(pause: Parser) -> Parser:
+    pause.add_argument("id", nargs="?", metavar="ID", help="one workflow: an id, or the first digits of one")
+    pause.add_argument("--workflow", metavar="NAME", help="all workflows of this type")
+    pause.add_argument(
+        "--shard", type=_between(0, SHARDS_MAX - 1), metavar="N", help="all that is read from this shard"
+    )
+    return pause
 
 
 def _add_signal(signal: Parser) -> None:

@@ -21,6 +21,7 @@ from durable_cluster.ops import (
     demo_cluster,
     doctor,
     install,
+    pause,
     psql,
     run,
     running,
@@ -191,6 +192,8 @@ COMMANDS: Mapping[str, Command] = {
     "cancel": lambda terminal, target, options: cancel.cancel(
         terminal, target, prefix=options.id, reason=options.reason, actor=options.actor, cascade=options.cascade
     ),
+    "pause": pause.pause,
+    "resume": pause.resume,
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),

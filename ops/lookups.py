@@ -56,6 +56,16 @@ class Asides(msgspec.Struct, frozen=True, kw_only=True):
     due_s: float | None
 
 
+class Pause(msgspec.Struct, frozen=True, kw_only=True):
+    """What is paused: a workflow (``name``: its first digits), a type or a shard. ``parked``: steps that wait, up to 100,001."""
+
+    scope: str
+    name: str
+    actor: str | None
+    at: datetime | None
+    parked: int | None
+
+
 class Total(msgspec.Struct, frozen=True, kw_only=True):
     """So many workflows of a type are in a status."""
 
@@ -88,6 +98,13 @@ def shard_statuses(connection: Connection) -> list[ShardStatus]:
             "select shard, has_work, windows, silent_windows, consumers, is_idle,"
             " extract(epoch from tick_age)::float8 tick_age_s from durable.shard_status()"
         ).fetchall()
+
+
+def pauses(connection: Connection) -> list[Pause]:
+    """What is paused, the oldest first."""
+    with translated():
+        rows = connection.execute("select scope, name, actor, at, parked from durable.pauses()").fetchall()
+    return [Pause(scope=s, name=n, actor=a, at=t, parked=p) for s, n, a, t, p in rows]
 
 
 def asides(connection: Connection) -> Asides:

@@ -120,7 +120,7 @@ def _lines(shown: Shown) -> list[str]:
     ]
     if shown.finished_at is not None:
         lines.append(f"  finished  {moment(shown.finished_at)} ({_seconds(shown.finished_at - shown.started_at)})")
-    lines += [f"  stands    {_standing(place)}" for place in shown.places if place.place != "stuck"]
+    lines += [f"  stands    {_standing(place, shown.id)}" for place in shown.places if place.place != "stuck"]
     if shown.status == "running" and not shown.places:
         lines.append("  stands    between two steps at the moment of looking")
     if shown.failure is not None:
@@ -139,7 +139,7 @@ def _lines(shown: Shown) -> list[str]:
     return lines
 
 
-def _standing(place: Place) -> str:
+def _standing(place: Place, of: str) -> str:
     at = f"at step {place.seq} '{place.step}', shard {place.shard}"
     until = "" if place.due is None else f" until {moment(datetime.fromisoformat(place.due))}"
     if place.place == "sleeping":
@@ -150,6 +150,8 @@ def _standing(place: Place) -> str:
         return f"waiting for its children{until}, then {at[3:]}"
     if place.place == "detached":
         return f"{'waiting for room beside the pages' if place.owner_is_silent else 'running beside the pages'} {at}"
+    if place.place == "paused":
+        return f"paused {at}; go on with '{PROGRAM} resume {of}'"
     silent = ", whose consumer is gone: another takes it over" if place.owner_is_silent else ""
     return f"{place.place} {at}{silent}"
 

@@ -6,8 +6,9 @@ import msgspec
 
 from durable_cluster import schema
 from durable_cluster.ops import lookups
-from durable_cluster.ops.lookups import Asides, ShardStatus, Total
+from durable_cluster.ops.lookups import Asides, Pause, ShardStatus, Total
 from durable_cluster.ops.running import running_pid
+from durable_cluster.ops.show import moment
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import Terminal, elapsed, table
 
@@ -22,6 +23,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None
     shards: list[ShardStatus]
     asides: Asides
+    pauses: list[Pause]
     workflows: list[Total]
 
 
@@ -35,6 +37,7 @@ def status(terminal: Terminal, target: Target) -> int:
             pid=running_pid(target.data),
             shards=lookups.shard_statuses(connection),
             asides=lookups.asides(connection),
+            pauses=lookups.pauses(connection),
             workflows=lookups.totals(connection),
         )
     terminal.answer(found, _lines(found))
@@ -60,6 +63,7 @@ def _lines(found: Status) -> list[str]:
         *table(("shard", "log", "windows", "silent", "consumers", "last tick"), shards),
         "",
         _aside(found.asides),
+        *map(_paused, found.pauses),
         "",
         *(
             table(
@@ -85,6 +89,16 @@ def _aside(of: Asides) -> str:
     return (
         f"{_upto(of.sleeping)} asleep{due}{signals}{children}; {_upto(of.running)} slow steps running{waiting}; {dead}"
     )
+
+
+def _paused(of: Pause) -> str:
+    called = {"workflow": f"workflow {of.name}…", "type": f"workflow type '{of.name}'", "shard": f"shard {of.name}"}[
+        of.scope
+    ]
+    since = "" if of.at is None else f" since {moment(of.at)}"
+    by = "" if of.actor is None else f" by {of.actor}"
+    held = f"; {_upto(of.parked)} steps wait" if of.parked else ""
+    return f"paused{since}{by}: {called}{held}"
 
 
 def _upto(count: int) -> str:

@@ -390,6 +390,13 @@ def test_a_signal_from_the_command_line_resumes_and_a_cancel_ends(cluster: Clust
     assert again.code == 1 and "has ended" in again.err and asked not in again.err
     assert "the whole id, 32 hex digits" in cluster.ask("signal", asked[:12], "answer").err
 
+    assert "is paused; go on with 'durable-cluster resume" in cluster.ask("pause", doomed[:12], "--actor", "ada").out
+    assert "by ada: workflow" in cluster.ask("status").out
+    assert "was paused already" in cluster.ask("pause", doomed[:12]).out
+    assert "goes on; 0 steps had been held" in cluster.ask("resume", doomed[:12]).out
+    assert "was not paused" in cluster.ask("resume", "--workflow", "ask").out
+    assert "name one thing" in cluster.ask("pause", doomed[:12], "--shard", "1").err
+
     assert "is asked to end" in cluster.ask("cancel", doomed[:12], "--reason", "the customer left").out
     eventually(lambda: cluster.ask("show", doomed[:12], "--json").json["status"] == "cancelled")
     assert "before step 2 'answered': the customer left" in cluster.ask("show", doomed[:12]).out

@@ -1,6 +1,6 @@
 -- Cancel. Who cancels only appends: a line of the target's shard, which the page that meets it delivers. It leaves a row that says so
 -- for as long as the workflow lives: the next page with a step of the workflow finds it and runs the cleanup in that step's place. What
--- is not in the log is fetched back into it: a wait, a long sleep, a detached step, a dead letter.
+-- is not in the log is fetched back into it: a wait, a long sleep, a detached step, a dead letter, what a pause holds.
 
 -- durable.cancel_lines(ids, reason, actor): appends a cancel of each of these workflows.
 create or replace function durable.cancel_lines(i_ids uuid[], i_reason text, i_actor text, i_cascade boolean default true) returns void
@@ -36,7 +36,7 @@ $$;
 
 -- durable.deliver_cancels(ids, reasons, actors, cascades): cancels of one page, in its transaction. One of each a line; no actor, no
 -- cascade: nothing. A child that is spawned later finds its parent cancelled (durable.spawn).
--- Tables: cancelled (a row inserted), wait, detached, dead_letter (a row deleted), the shards' logs.
+-- Tables: cancelled (a row inserted), wait, detached, dead_letter, parked (a row deleted), the shards' logs.
 -- Hazard: a detached step that is being completed at this moment is not waited for; what it hands on meets the row in the log.
 create or replace function durable.deliver_cancels(i_ids text, i_reasons text, i_actors text, i_cascades text) returns void
 language plpgsql security definer
@@ -65,9 +65,11 @@ begin
             delete from durable.detached d using held h where d.id = h.id and d.seq = h.seq returning d.line
         ), letters as (
             delete from durable.dead_letter d where d.id = v_cancel.id returning d.line
+        ), parked as (
+            delete from durable.parked p where p.id = v_cancel.id returning p.line
         )
         select array_agg(l.line) into v_lines
-        from (select * from waits union all select * from steps union all select * from letters) l(line);
+        from (select * from waits union all select * from steps union all select * from letters union all select * from parked) l(line);
         if v_lines is not null then
             perform durable.append_lines(array_fill(v_cancel.id, array[cardinality(v_lines)]), v_lines);
         end if;
@@ -97,11 +99,14 @@ begin
 end
 $$;
 
--- durable.has_ended_cancels(), durable.sweep_cancels(): rows of workflows that ended while their cancel was on its way. How many went.
+-- durable.has_ended_cancels(), durable.sweep_cancels(): cancels and pauses of workflows that have ended meanwhile. How many went.
 create or replace function durable.has_ended_cancels() returns boolean
 language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
-as $$ select exists (select from durable.cancelled c where not durable.is_live(c.id)) $$;
+as $$
+    select exists (select from durable.cancelled c where not durable.is_live(c.id))
+        or exists (select from durable.pause p where p.scope = 'workflow' and not durable.is_live(durable.id_or_null(p.name)))
+$$;
 
 create or replace function durable.sweep_cancels() returns int
 language plpgsql security definer
@@ -109,10 +114,13 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_gone int;
+    v_pauses int;
 begin
     delete from durable.cancelled c where not durable.is_live(c.id);
     get diagnostics v_gone = row_count;
-    return v_gone;
+    delete from durable.pause p where p.scope = 'workflow' and not durable.is_live(durable.id_or_null(p.name));
+    get diagnostics v_pauses = row_count;
+    return v_gone + v_pauses;
 end
 $$;
 

@@ -25,19 +25,24 @@ begin
 end
 $$;
 
--- durable.probe(shard, dead): whether a claim would find work; with an interval, a window silent for longer counts, which costs
+-- durable.probe(shard, dead): whether a claim would find work, which it does not on a paused shard; with an interval, a window silent for longer counts, which costs
 -- a walk over the window rows. No lock, no write, no transaction id.
 create or replace function durable.probe(i_shard int, i_dead interval default null) returns boolean
 language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
+declare
+    v_queue_id int := (select s.queue_id from durable.shard s where s.shard = i_shard and not s.is_paused);
 begin
+    if v_queue_id is null then
+        return false;
+    end if;
     if i_dead is not null and exists (
         select 1 from durable.win w where w.shard = i_shard and w.active < durable.now() - i_dead)
     then
         return true;
     end if;
-    return durable.has_events((select s.queue_id from durable.shard s where s.shard = i_shard));
+    return durable.has_events(v_queue_id);
 end
 $$;
 
@@ -75,12 +80,15 @@ begin
     if durable.has_silent_lease(i_dead) then
         perform durable.requeue_silent(i_dead);
     end if;
+    if exists (select from durable.shard s where s.shard = i_shard and s.is_paused) then
+        return null;
+    end if;
     v_silent := durable.take_over(i_shard, i_owner, i_dead);
     return case when v_silent is not null then durable.page(v_silent, i_owner, i_lines, i_bytes) end;
 end
 $$;
 
--- durable.claim(…): the first page of an open or a new window of the shard, for one consumer; null when there is nothing.
+-- durable.claim(…): the first page of an open or a new window of the shard, for one consumer; null when there is nothing, or it is paused.
 --   i_member   the consumer's name as the engine's subconsumer (registered before; see durable.join_shard)
 --   i_owner    64 random bits of this process incarnation: the fence's other half
 --   i_dead     with an interval, windows silent for longer are taken over first (a walk over the window rows: now and then)
@@ -96,6 +104,7 @@ as $$
 declare
     v_queue text;
     v_queue_id int;
+    v_is_paused boolean;
     v_batch record;
     v_rescued text;
     v_owner bigint;
@@ -103,7 +112,7 @@ begin
     perform durable.demand_read_committed();
     -- A claim that a server crash forgets was never more than a claim; the page's own commit is durable.
     perform set_config('synchronous_commit', 'off', true);
-    select s.queue, s.queue_id into v_queue, v_queue_id from durable.shard s where s.shard = i_shard for update;
+    select s.queue, s.queue_id, s.is_paused into v_queue, v_queue_id, v_is_paused from durable.shard s where s.shard = i_shard for update;
     if not found then
         raise exception 'shard % does not exist; this database has shards 0 to %', i_shard,
             (select max(s.shard) from durable.shard s) using errcode = 'DC004';
@@ -114,6 +123,9 @@ begin
         if v_rescued is not null then
             return v_rescued;
         end if;
+    end if;
+    if v_is_paused then
+        return null;
     end if;
 
     if i_expected or durable.has_events(v_queue_id) then

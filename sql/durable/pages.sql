@@ -48,10 +48,9 @@ begin
 end
 $$;
 
--- durable.page(batch, owner, lines, bytes): the next page of a window, without a lock.
+-- durable.page(batch, owner, lines, bytes): the next page of a window, without a lock; null while its shard is paused.
 -- Result: one text. Its first line is JSON: the cursor, the events as [txid, id], whether the window ends here, why which of their
--- workflows are cancelled; then the events,
--- a form feed between them (JSON holds none). The cursor's event comes whole; the reader skips the lines that are done.
+-- workflows are cancelled, what is paused; then the events, a form feed between them (JSON holds none). The cursor's event comes whole; the reader skips the lines that are done.
 -- At least one event, then as many as fit: an event is one commit's lines and never larger than a page. How many lines an event
 -- says it has counts for that only: somebody may have appended by hand.
 create or replace function durable.page(i_batch bigint, i_owner bigint, i_lines int, i_bytes int) returns text
@@ -65,6 +64,7 @@ declare
     v_bytes int;
     v_late xid8[];
     v_begin durable.cursor;
+    v_queue_id int;
     v_is_last boolean := true;
     v_events text[] := '{}';
     v_bodies text[] := '{}';
@@ -73,12 +73,16 @@ begin
     if not found then
         perform durable.lost(i_batch);
     end if;
+    select s.queue_id into v_queue_id from durable.shard s where s.shard = v_win.shard and not s.is_paused;
+    if not found then
+        return null;
+    end if;
     v_late := array(select x from pg_snapshot_xip(v_win.s0) x where pg_visible_in_snapshot(x, v_win.s1));
     v_begin := durable.range_begin(v_win.done, v_win.s0);
     v_lines := - (v_win.done).line;
     v_bytes := 0;
     for v_event in execute durable.window_query(
-            pgque.event_tables((select s.queue_id from durable.shard s where s.shard = v_win.shard), v_win.s0),
+            pgque.event_tables(v_queue_id, v_win.s0),
             v_late <> '{}', i_lines + 1)
         using v_begin.txid, v_begin.id, (v_win.done).txid, (v_win.done).id, pg_snapshot_xmax(v_win.s1), v_win.s1, v_late
     loop
@@ -93,7 +97,7 @@ begin
     end loop;
     return format('{"batch":%s,"takeovers":%s,"suspects":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]%s}',
             v_win.batch, v_win.takeovers, v_win.suspects, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
-            array_to_string(v_events, ','), durable.cancelled_in(v_bodies))
+            array_to_string(v_events, ','), durable.cancelled_in(v_bodies) || durable.paused_in(v_bodies))
         || case when v_bodies = '{}' then '' else E'\n' || array_to_string(v_bodies, E'\f') end;
 end
 $$;

@@ -1,4 +1,4 @@
--- Children and joins. Run once.
+-- Children and joins, and pauses. Run once.
 
 -- Their answers have more columns now; a function's columns cannot be replaced.
 drop function if exists durable.asides();
@@ -34,3 +34,25 @@ comment on column durable.fanout.wait_seq is 'The step that the parent goes on w
 comment on column durable.fanout.needed is 'So many completed children are enough; null: all have to end.';
 comment on column durable.fanout.tolerance is 'With more failed children than this the parent goes on at once; null: with any number it waits.';
 comment on column durable.wait.names is 'The signals that resume it; none (an empty array): its children do; null: a sleep, which only its timer ends.';
+
+-- What is paused. A shard that is paused says so itself: whoever claims it reads its row anyway.
+create table durable.pause (
+    scope text not null check (scope in ('workflow', 'type')),
+    name text not null,
+    actor text,
+    at timestamptz not null,
+    primary key (scope, name)
+);
+comment on column durable.pause.name is 'The id of a workflow, as 32 digits, or the name of a type.';
+alter table durable.shard add column is_paused boolean not null default false;
+
+-- Step events that met a pause.
+create table durable.parked (
+    id uuid not null,
+    seq int not null,
+    workflow text not null,
+    line text not null,
+    since timestamptz not null,
+    primary key (id, seq)
+);
+create index on durable.parked (workflow);
