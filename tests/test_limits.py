@@ -64,7 +64,7 @@ def application(dsn: str) -> App:
     async def slow(ctx: Context, key: str) -> Continuation:
         BUSY(key[0])
         try:
-            for _ in range(20):
+            for _ in range(300 if key.endswith("fails") else 20):
                 await asyncio.sleep(0.001)
             if key.endswith("fails"):
                 raise RuntimeError("as told")
@@ -262,11 +262,15 @@ def test_two_pages_that_take_the_last_permit_at_once_share_it_fairly(
 ) -> None:
     limit = Limit("only", concurrency=1)
     lines = []
-    for _ in range(2):
+    for _ in range(3):
         handle = app.workflow("flow").start("a")
         lines.append(
             Queued(Envelope(handle.id, 2, "flow", "end", 1, msgspec.Raw(b'"a"'), permit=OF_STEP), limit, "", 2)
         )
+    with psycopg.connect(dsn) as session:
+        known = lines.pop()
+        side_statements.take_permits(session, [known])
+        side_statements.give_back(session, [known.envelope])
     with psycopg.connect(dsn) as first, psycopg.connect(dsn) as second, ThreadPoolExecutor(1) as pool:
         side_statements.take_permits(first, lines[:1])
         taking = pool.submit(side_statements.take_permits, second, lines[1:])
