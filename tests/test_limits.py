@@ -59,7 +59,7 @@ def application(dsn: str) -> App:
     @flow.step(
         start=True,
         limit=Limit("slow", concurrency=3, key=lambda state: state[0]),
-        retry=Retry(attempts=2, backoff="5m"),
+        retry=Retry(attempts=2, backoff="5m", jitter=0),
     )
     async def slow(ctx: Context, key: str) -> Continuation:
         BUSY(key[0])
