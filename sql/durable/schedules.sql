@@ -1,0 +1,443 @@
+-- Schedules. A row holds the next due time; firing starts a workflow under a key of name and due time and moves the row on, in one
+-- transaction, under the row's lock: a due time fires once, whoever looks. Which times are due is worked out in Python (cron and
+-- summer time); all else is here.
+
+-- durable.schedule_key(name, due): the key of the workflow that a due time starts: nightly@2026-03-29T01:00:00Z, always in UTC.
+create or replace function durable.schedule_key(i_name text, i_due timestamptz) returns text
+language sql immutable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select i_name || '@' || to_char(i_due at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS')
+        || case when i_due = date_trunc('second', i_due) then '' else to_char(i_due at time zone 'UTC', '.US') end || 'Z'
+$$;
+
+-- durable.scheduled_input(input, field, due, zone): the input with the due time in that field, as the clocks of the zone show it.
+create or replace function durable.scheduled_input(i_input text, i_due_as text, i_due timestamptz, i_zone text) returns text
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp set timezone = 'UTC'
+as $$
+begin
+    if i_due_as is null then
+        return i_input;
+    end if;
+    perform set_config('timezone', i_zone, true);
+    return '{' || to_json(i_due_as) || ':' || to_json(i_due)
+        || case when i_input ~ '^\s*\{\s*\}\s*$' then '}' else ',' || substr(ltrim(i_input, E' \t'), 2) end;
+end
+$$;
+
+-- durable.check_schedule(…): DC002 for what a schedule cannot have, naming the field. The cron is checked by who works it out.
+create or replace function durable.check_schedule(i_cron text, i_zone text, i_workflow text, i_step text, i_input text,
+    i_overlap text, i_due_as text, i_catch_up_max int, i_catch_up_s float8) returns void
+language plpgsql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.checked_label('cron', i_cron, 255), durable.checked_name('workflow', i_workflow),
+        durable.checked_name('step', i_step), durable.checked_payload(i_input), durable.checked_label('due_as', i_due_as, 57);
+    begin
+        perform durable.now() at time zone i_zone;
+    exception when invalid_parameter_value then
+        raise exception 'zone % is not known to the database', quote_literal(left(i_zone, 80)) using errcode = 'DC002';
+    end;
+    if i_overlap not in ('skip', 'queue', 'allow') then
+        raise exception 'overlap % is none; it is skip, queue or allow', quote_literal(left(i_overlap, 80)) using errcode = 'DC002';
+    end if;
+    if i_catch_up_max not between 1 and 1000 or i_catch_up_s <= 0 then
+        raise exception 'catch_up of % due times, % s is out of range; it is 1 to 1000 due times, or a while',
+            i_catch_up_max, coalesce(i_catch_up_s::text, 'any') using errcode = 'DC002';
+    end if;
+    if i_due_as is not null and (json_typeof(i_input::json) <> 'object' or i_input::json -> i_due_as is not null) then
+        raise exception 'due_as %: the input has to be an object without that field', quote_literal(i_due_as) using errcode = 'DC002';
+    end if;
+end
+$$;
+
+-- durable.put_schedule(…): makes a schedule. One that an app declares (i_app) is changed where its code has changed since.
+--   i_next          its first due time from now on, worked out by the caller
+--   i_catch_up_max  of what was missed, so many of the newest due times fire; i_catch_up_s: none older than so many seconds
+-- Result: made, changed or same. Errors: DC002, also for a name that is another app's, or was made at run time, or made already.
+-- Tables: schedule (one row inserted or updated).
+create or replace function durable.put_schedule(i_name text, i_cron text, i_zone text, i_next timestamptz, i_workflow text, i_version int,
+    i_step text, i_input text, i_overlap text default 'skip', i_due_as text default null, i_catch_up_max int default 1,
+    i_catch_up_s float8 default null, i_app text default null) returns text
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_app text;
+begin
+    perform durable.checked_name('schedule', i_name);
+    perform durable.check_schedule(i_cron, i_zone, i_workflow, i_step, i_input, i_overlap, i_due_as, i_catch_up_max, i_catch_up_s);
+    loop
+        insert into durable.schedule (name, cron, zone, workflow, version, step, input, due_as, overlap, catch_up_max, catch_up_s,
+            app, is_in_code, since, next_due)
+        values (i_name, i_cron, i_zone, i_workflow, i_version, i_step, durable.checked_payload(i_input), i_due_as, i_overlap,
+            i_catch_up_max, i_catch_up_s, i_app, i_app is not null, durable.now(), i_next)
+        on conflict do nothing;
+        if found then
+            return 'made';
+        end if;
+        select s.app into v_app from durable.schedule s where s.name = i_name for update;
+        exit when found;  -- else somebody deleted it between the two statements
+    end loop;
+    if v_app is null or v_app is distinct from i_app then
+        raise exception 'schedule % is there already: %; delete it, or take another name', quote_literal(i_name),
+            coalesce('app ' || quote_literal(v_app) || ' declares it', 'it was made at run time') using errcode = 'DC002';
+    end if;
+    update durable.schedule s set is_in_code = true where s.name = i_name and not s.is_in_code;
+    return durable.alter_schedule(i_name, i_cron, i_zone, i_next, i_workflow, i_version, i_step, i_input, i_overlap,
+        coalesce(i_due_as, ''), i_catch_up_max, coalesce(i_catch_up_s, 'infinity'));
+end
+$$;
+
+-- durable.change_schedule(…): changes what was made at run time; null: as it is, an empty due_as: none, an infinite catch_up_s: none.
+-- Result: changed or same. Errors: DC003 for an unknown name; DC002, also for one that an app declares.
+create or replace function durable.change_schedule(i_name text, i_cron text default null, i_zone text default null,
+    i_next timestamptz default null, i_workflow text default null, i_version int default null, i_step text default null,
+    i_input text default null, i_overlap text default null, i_due_as text default null, i_catch_up_max int default null,
+    i_catch_up_s float8 default null) returns text
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule := durable.locked_schedule(i_name);
+begin
+    if v_schedule.is_in_code then
+        raise exception 'app % declares schedule % in its code; change it there', quote_literal(v_schedule.app), quote_literal(i_name)
+            using errcode = 'DC002';
+    end if;
+    return durable.alter_schedule(i_name, i_cron, i_zone, i_next, i_workflow, i_version, i_step, i_input, i_overlap, i_due_as,
+        i_catch_up_max, i_catch_up_s);
+end
+$$;
+
+-- durable.locked_schedule(name): its row, locked; DC003 without one.
+create or replace function durable.locked_schedule(i_name text) returns durable.schedule
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule;
+begin
+    select s.* into v_schedule from durable.schedule s where s.name = i_name for update;
+    if not found then
+        raise exception 'no schedule %; see durable.schedules()', quote_literal(left(i_name, 80)) using errcode = 'DC003';
+    end if;
+    return v_schedule;
+end
+$$;
+
+-- durable.alter_schedule(…): the body of both. Only another cron or zone moves the next due time: a restart after an outage must not
+-- forget what was missed.
+create or replace function durable.alter_schedule(i_name text, i_cron text, i_zone text, i_next timestamptz, i_workflow text,
+    i_version int, i_step text, i_input text, i_overlap text, i_due_as text, i_catch_up_max int, i_catch_up_s float8) returns text
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_old durable.schedule := durable.locked_schedule(i_name);
+    v_new durable.schedule := v_old;
+begin
+    v_new.cron := coalesce(i_cron, v_old.cron);
+    v_new.zone := coalesce(i_zone, v_old.zone);
+    v_new.workflow := coalesce(i_workflow, v_old.workflow);
+    v_new.version := coalesce(i_version, v_old.version);
+    v_new.step := coalesce(i_step, v_old.step);
+    v_new.input := coalesce(durable.checked_payload(i_input), v_old.input);
+    v_new.overlap := coalesce(i_overlap, v_old.overlap);
+    v_new.due_as := nullif(coalesce(i_due_as, v_old.due_as), '');
+    v_new.catch_up_max := coalesce(i_catch_up_max, v_old.catch_up_max);
+    v_new.catch_up_s := nullif(coalesce(i_catch_up_s, v_old.catch_up_s), 'infinity');
+    perform durable.check_schedule(v_new.cron, v_new.zone, v_new.workflow, v_new.step, v_new.input, v_new.overlap, v_new.due_as,
+        v_new.catch_up_max, v_new.catch_up_s);
+    if v_new is not distinct from v_old then
+        return 'same';
+    end if;
+    if (v_new.cron, v_new.zone) is distinct from (v_old.cron, v_old.zone) then
+        v_new.edition := v_old.edition + 1;
+        v_new.since := durable.now();
+        v_new.next_due := i_next;
+    end if;
+    update durable.schedule s
+    set (edition, cron, zone, workflow, version, step, input, due_as, overlap, catch_up_max, catch_up_s, since, next_due)
+        = row(v_new.edition, v_new.cron, v_new.zone, v_new.workflow, v_new.version, v_new.step, v_new.input, v_new.due_as,
+            v_new.overlap, v_new.catch_up_max, v_new.catch_up_s, v_new.since, v_new.next_due)
+    where s.name = i_name;
+    return 'changed';
+end
+$$;
+
+-- durable.undeclared(app, names): this app's schedules that its code no longer declares. They go on firing until somebody deletes them.
+-- Tables: schedule (those that were still declared are updated).
+create or replace function durable.undeclared(i_app text, i_names text[]) returns setof text
+language sql volatile security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    update durable.schedule s set is_in_code = false where s.app = i_app and s.is_in_code and s.name <> all (i_names);
+    select s.name from durable.schedule s where s.app = i_app and s.name <> all (i_names) order by s.name;
+$$;
+
+-- durable.reroute_schedules(workflow, version, step): from now on its schedules begin it where its code begins. How many were changed.
+create or replace function durable.reroute_schedules(i_workflow text, i_version int, i_step text) returns int
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_changed int;
+begin
+    update durable.schedule s set version = i_version, step = i_step
+    where s.workflow = i_workflow and (s.version, s.step) is distinct from (i_version, i_step);
+    get diagnostics v_changed = row_count;
+    return v_changed;
+end
+$$;
+
+-- durable.pause_schedule(name, reason), durable.resume_schedule(name): whether that changed anything. What is due meanwhile does not
+-- fire, later neither; a run that waits for the one before it waits on. Errors: DC003, DC002.
+create or replace function durable.pause_schedule(i_name text, i_reason text default null) returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.locked_schedule(i_name), durable.checked_label('reason', i_reason, 1000);
+    update durable.schedule s set paused_at = durable.now(), pause_reason = i_reason where s.name = i_name and s.paused_at is null;
+    return found;
+end
+$$;
+
+create or replace function durable.resume_schedule(i_name text) returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.locked_schedule(i_name);
+    update durable.schedule s set paused_at = null, pause_reason = null, since = durable.now()
+    where s.name = i_name and s.paused_at is not null;
+    return found;
+end
+$$;
+
+-- durable.delete_schedule(name): what it has started goes on. Errors: DC003.
+create or replace function durable.delete_schedule(i_name text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.locked_schedule(i_name);
+    delete from durable.schedule s where s.name = i_name;
+end
+$$;
+
+-- durable.may_begin(schedule): whether a run may begin: nothing that it has started lives, or several may.
+create or replace function durable.may_begin(i_schedule durable.schedule) returns boolean
+language sql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select (i_schedule).overlap = 'allow'
+        or not exists (select from durable.schedule_run r where r.schedule = (i_schedule).name and durable.is_live(r.id))
+$$;
+
+-- durable.next_schedule(): seconds until a schedule has something to do, 0 or less when one has now; null: none will. Reads only.
+create or replace function durable.next_schedule() returns float8
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select least(
+        (select extract(epoch from s.next_due - durable.now())::float8 from durable.schedule s
+         where s.paused_at is null and s.next_due is not null order by s.next_due limit 1),
+        (select 0 where exists (select from durable.schedule s
+                                where s.queued is not null and s.paused_at is null and durable.may_begin(s))))
+$$;
+
+-- durable.due_schedules(max, without): schedules whose time has come, the longest due first, with what it takes to work out which
+-- times fire. i_without: names that are left out.
+create or replace function durable.due_schedules(i_max int, i_without text[] default '{}')
+returns table (name text, edition int, cron text, zone text, since timestamptz, next_due timestamptz, catch_up_max int,
+    catch_up_s float8, now timestamptz)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select s.name, s.edition, s.cron, s.zone, s.since, s.next_due, s.catch_up_max, s.catch_up_s, n.now
+    from (select durable.now() as now offset 0) n join durable.schedule s on s.next_due <= n.now
+    where s.paused_at is null and s.name <> all (i_without) order by s.next_due, s.name limit i_max
+$$;
+
+-- durable.begin_run(name, due): starts the workflow of a due time, unless that was started already, under the lock of the schedule's
+-- row. Tables: key, started, the shard's log, schedule_run (a row each), schedule (one row updated).
+create or replace function durable.begin_run(i_name text, i_due timestamptz, out id uuid, out is_new boolean)
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule := durable.locked_schedule(i_name);
+begin
+    select b.id, b.is_new into begin_run.id, begin_run.is_new
+    from durable.start(v_schedule.workflow, v_schedule.version, v_schedule.step,
+        durable.scheduled_input(v_schedule.input, v_schedule.due_as, i_due, v_schedule.zone), durable.schedule_key(i_name, i_due)) b;
+    if begin_run.is_new then
+        insert into durable.schedule_run (schedule, id) values (i_name, begin_run.id);
+        update durable.schedule s set fired = s.fired + 1, last_due = i_due, last_id = begin_run.id where s.name = i_name;
+    end if;
+end
+$$;
+
+-- durable.start_waiting(name): starts the run that waits for those before it, if they have ended; under the lock of the schedule's row.
+-- Whether it did. Tables: schedule_run (what has ended is deleted), schedule.
+create or replace function durable.start_waiting(i_name text) returns boolean
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule := durable.locked_schedule(i_name);
+begin
+    delete from durable.schedule_run r where r.schedule = i_name and not durable.is_live(r.id);
+    if v_schedule.queued is null or not durable.may_begin(v_schedule) then
+        return false;
+    end if;
+    perform durable.begin_run(i_name, v_schedule.queued);
+    update durable.schedule s set queued = null where s.name = i_name;
+    return true;
+end
+$$;
+
+-- durable.start_queued(): starts the runs that wait and need no longer; those of paused schedules wait on. How many.
+create or replace function durable.start_queued() returns int
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_name text;
+    v_started int := 0;
+begin
+    perform durable.demand_read_committed();
+    for v_name in
+        select s.name from durable.schedule s
+        where s.queued is not null and s.paused_at is null and durable.may_begin(s) order by s.name for update skip locked
+    loop
+        v_started := v_started + durable.start_waiting(v_name)::int;
+    end loop;
+    return v_started;
+end
+$$;
+
+-- durable.run_schedule(name, due, overlap): starts the run of a due time, or what the overlap policy does in its place while another
+-- lives; under the lock of the schedule's row. Outcome: started, known (it was started before), queued or skipped.
+create or replace function durable.run_schedule(i_name text, i_due timestamptz, i_overlap text, out outcome text, out id uuid)
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule;
+begin
+    perform durable.start_waiting(i_name);
+    v_schedule := durable.locked_schedule(i_name);
+    v_schedule.overlap := i_overlap;
+    if durable.may_begin(v_schedule) then
+        select case when b.is_new then 'started' else 'known' end, b.id into outcome, run_schedule.id
+        from durable.begin_run(i_name, i_due) b;
+    elsif i_overlap = 'queue' and v_schedule.queued is null then
+        outcome := 'queued';
+        update durable.schedule s set queued = i_due where s.name = i_name;
+    else
+        outcome := 'skipped';
+        update durable.schedule s set skipped = s.skipped + 1 where s.name = i_name;
+    end if;
+end
+$$;
+
+-- durable.fire_schedule(name, edition, due, dues, next, missed_from, missed_until): starts what is due and moves on to the next due time.
+--   i_edition, i_due  what the caller worked from; i_dues: the times to fire, none that was missed by more than is caught up
+--   i_missed_from     the first that is not caught up, up to before i_missed_until; null: none was missed
+-- Result: how many workflows were started; null when somebody else has fired or changed it, or is at it, and nothing was done.
+-- Locks: the schedule's row, skipped when held. Hazard: due time and edition are compared under the lock, or two would fire it.
+create or replace function durable.fire_schedule(i_name text, i_edition int, i_due timestamptz, i_dues timestamptz[],
+    i_next timestamptz, i_missed_from timestamptz default null, i_missed_until timestamptz default null) returns int
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule;
+    v_due timestamptz;
+    v_started int := 0;
+begin
+    perform durable.demand_read_committed();
+    select s.* into v_schedule from durable.schedule s
+    where s.name = i_name and s.edition = i_edition and s.next_due = i_due and s.paused_at is null for update skip locked;
+    if not found then
+        return null;
+    end if;
+    foreach v_due in array i_dues loop
+        v_started := v_started + ((durable.run_schedule(i_name, v_due, v_schedule.overlap)).outcome = 'started')::int;
+    end loop;
+    update durable.schedule s
+    set next_due = i_next, missed_from = coalesce(i_missed_from, s.missed_from), missed_until = coalesce(i_missed_until, s.missed_until)
+    where s.name = i_name;
+    return v_started;
+end
+$$;
+
+-- durable.trigger_schedule(name, overlap): a run now, in the caller's transaction, also of a paused schedule; its due time is now.
+--   i_overlap  in place of the schedule's own policy
+-- Result: started and the whole id of the workflow (this is the answer that gives it), queued or skipped. Errors: DC003, DC002.
+create or replace function durable.trigger_schedule(i_name text, i_overlap text default null, out outcome text, out id uuid)
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule := durable.locked_schedule(i_name);
+begin
+    if i_overlap not in ('skip', 'queue', 'allow') then
+        raise exception 'overlap % is none; it is skip, queue or allow', quote_literal(left(i_overlap, 80)) using errcode = 'DC002';
+    end if;
+    select r.outcome, r.id into trigger_schedule.outcome, trigger_schedule.id
+    from durable.run_schedule(i_name, durable.now(), coalesce(i_overlap, v_schedule.overlap)) r;
+end
+$$;
+
+-- durable.backfill_schedule(name, edition, dues): runs of due times that are past, all at once, whatever the overlap policy; those that
+-- were started before are not started again. How many were. Errors: DC003; DC002 for more than 1,000, and after a change.
+create or replace function durable.backfill_schedule(i_name text, i_edition int, i_dues timestamptz[]) returns int
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_schedule durable.schedule := durable.locked_schedule(i_name);
+    v_due timestamptz;
+    v_started int := 0;
+begin
+    if cardinality(i_dues) > 1000 then
+        raise exception '% due times at once; backfill at most 1000', cardinality(i_dues) using errcode = 'DC002';
+    end if;
+    if v_schedule.edition <> i_edition then
+        raise exception 'schedule % was changed meanwhile; look at it and try again', quote_literal(i_name) using errcode = 'DC002';
+    end if;
+    foreach v_due in array i_dues loop
+        v_started := v_started + ((durable.begin_run(i_name, v_due)).is_new)::int;
+    end loop;
+    return v_started;
+end
+$$;
+
+-- durable.schedules(name): all schedules, or one, by their names; ids are truncated and no input is shown.
+--   running  how many of its workflows live; next_due: null while it is paused, has just been resumed, or is never due again
+create or replace function durable.schedules(i_name text default null)
+returns table (name text, edition int, workflow text, cron text, zone text, overlap text, catch_up_max int, catch_up_s float8,
+    due_as text, app text, is_in_code boolean, paused_at timestamptz, pause_reason text, next_due timestamptz, last_due timestamptz,
+    last_id text, running int, queued timestamptz, fired bigint, skipped bigint, missed_from timestamptz, missed_until timestamptz)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select s.name, s.edition, s.workflow, s.cron, s.zone, s.overlap, s.catch_up_max, s.catch_up_s, s.due_as, s.app, s.is_in_code,
+        s.paused_at, s.pause_reason, case when s.paused_at is null and s.next_due > s.since then s.next_due end, s.last_due,
+        durable.short(s.last_id),
+        (select count(*)::int from durable.schedule_run r where r.schedule = s.name and durable.is_live(r.id)),
+        s.queued, s.fired, s.skipped, s.missed_from, s.missed_until
+    from durable.schedule s where i_name is null or s.name = i_name order by s.name
+$$;
+
+-- durable.schedule_input(name): what its workflows start with: a payload.
+create or replace function durable.schedule_input(i_name text) returns text
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$ select s.input from durable.schedule s where s.name = i_name $$;
