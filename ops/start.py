@@ -57,7 +57,7 @@ def start(
     settings = overridden(app.settings, overrides)
     with registered(target.data), target.opened(app=app, is_made=True) as database:
         layout = prepare(database, shards=shards, with_roles=with_roles, is_example=address == EXAMPLES)
-        _declare(terminal, app, database)
+        declare(terminal, app, database)
         config = ClusterConfig(
             dsn=database.dsn,
             app=address,
@@ -119,7 +119,8 @@ def prepare(database: Database, *, shards: int | None, with_roles: bool, is_exam
         return layout
 
 
-def _declare(terminal: Terminal, app: App, database: Database) -> None:
+def declare(terminal: Terminal, app: App, database: Database) -> None:
+    """Make the schedules what the app's code says, and tell of those that it no longer names."""
     with database.connect("start") as connection:
         for name in schedules.declare(app, connection):
             terminal.note(

@@ -13,8 +13,12 @@ import msgspec
 import psycopg
 import pytest
 
+from durable_cluster import App, Context, Continuation
 from durable_cluster.firing import Firing
 from durable_cluster.ops.cli import main
+from durable_cluster.ops.start import declare
+from durable_cluster.ops.target import Target
+from durable_cluster.ops.terminal import Terminal
 
 FLOWS = """
 import msgspec
@@ -165,3 +169,22 @@ def test_what_was_missed_is_shown(say: Say, conn: psycopg.Connection) -> None:
     shown = say("show", "nightly").out
     assert "missed    from 20" in shown
     assert "fired     1, the last for 20" in shown
+
+
+def test_a_start_tells_what_the_code_no_longer_declares(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    app = App("reports", dsn=dsn)
+
+    @app.machine("report").step(start=True)
+    def write(ctx: Context, value: Any) -> Continuation:
+        return ctx.done(value)
+
+    app.schedule("nightly", "0 3 * * *", "report")
+    with Target(dsn, None).opened(app=app) as database:
+        declare(Terminal(), app, database)
+        assert capsys.readouterr().err == ""
+        app.declared.clear()
+        declare(Terminal(), app, database)
+    told = capsys.readouterr().err
+    assert "schedule 'nightly' is no longer in the code of app 'reports' and goes on firing" in told
+    assert "durable-cluster schedules delete nightly" in told
+    app.close()

@@ -118,6 +118,15 @@ def test_a_log_that_was_read_is_rotated_in_two_calls_until_it_is_empty(app: App,
     assert maintained(conn) == {}
 
 
+def test_a_call_that_fires_does_not_rotate(app: App, conn: Connection, clock: Callable[[float], None]) -> None:
+    asleep(app, 20)
+    conn.execute("update pgque.queue set queue_rotation_period = '0'")
+    clock(3_700)
+    assert maintained(conn) == {"timers": 20, "has_work": True}
+    app.run(until_idle=True)
+    assert maintained(conn)["rotated"] > 0
+
+
 def test_a_call_in_a_transaction_that_has_written_leaves_half_a_rotation_as_it_is(app: App, conn: Connection) -> None:
     asleep(app, 20)
     conn.execute("update pgque.queue set queue_rotation_period = '0' where queue_name = 'durable_0'")
