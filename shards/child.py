@@ -261,7 +261,7 @@ def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
                 if current.broken:
                     current.close()
                 pause_s = RECONNECT_S_MAX * random.uniform(0.2, 0.4)
-            orders.beat(Beat(0, False, 0), every_s=config.settings.maintenance_s)
+            orders.beat(Beat(0, False, 0), every_s=config.settings.heartbeat_s)
             orders.pause(pause_s)
             orders.heard()
         current.close()
