@@ -175,6 +175,16 @@ def test_a_due_time_starts_one_workflow_which_is_told_of_it(app: App, conn: Conn
     assert known.next_due == datetime(2027, 6, 2, 1, tzinfo=UTC)
 
 
+def test_a_due_time_that_comes_while_its_schedule_is_being_made_fires(app: App, conn: Connection, at: At) -> None:
+    at("2027-06-01T03:00:00.100Z")
+    plan = schedules.planned(
+        app, "nightly", "0 3 * * *", "report", None, zone="UTC", overlap="skip", catch_up=1, due_as=None
+    )
+    sql.put(conn, plan, next_due=datetime(2027, 6, 1, 3, tzinfo=UTC), app=None)
+    fire(conn)
+    assert started(conn) == ["2027-06-01T03:00:00Z"]
+
+
 def test_a_program_that_runs_its_app_fires_its_schedules(app: App, conn: Connection, at: At) -> None:
     at("2027-06-01T00:00:00Z")
     app.schedule("nightly", "0 3 * * *", "report")

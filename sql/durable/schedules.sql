@@ -53,6 +53,12 @@ begin
 end
 $$;
 
+-- durable.from_now(next): now, or before the next due time, if that has come since it was worked out.
+create or replace function durable.from_now(i_next timestamptz) returns timestamptz
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$ select least(durable.now(), i_next - interval '1 second') $$;
+
 -- durable.put_schedule(…): makes a schedule. One that an app declares (i_app) is changed where its code has changed since.
 --   i_next          its first due time from now on, worked out by the caller
 --   i_catch_up_max  of what was missed, so many of the newest due times fire; i_catch_up_s: none older than so many seconds
@@ -73,7 +79,7 @@ begin
         insert into durable.schedule (name, cron, zone, workflow, version, step, input, due_as, overlap, catch_up_max, catch_up_s,
             app, is_in_code, since, next_due)
         values (i_name, i_cron, i_zone, i_workflow, i_version, i_step, durable.checked_payload(i_input), i_due_as, i_overlap,
-            i_catch_up_max, i_catch_up_s, i_app, i_app is not null, durable.now(), i_next)
+            i_catch_up_max, i_catch_up_s, i_app, i_app is not null, durable.from_now(i_next), i_next)
         on conflict do nothing;
         if found then
             return 'made';
@@ -156,7 +162,7 @@ begin
     end if;
     if (v_new.cron, v_new.zone) is distinct from (v_old.cron, v_old.zone) then
         v_new.edition := v_old.edition + 1;
-        v_new.since := durable.now();
+        v_new.since := durable.from_now(i_next);
         v_new.next_due := i_next;
     end if;
     update durable.schedule s
@@ -322,7 +328,7 @@ end
 $$;
 
 -- durable.run_schedule(name, due, overlap): starts the run of a due time, or what the overlap policy does in its place while another
--- lives; under the lock of the schedule's row. Outcome: started, known (it was started before), queued or skipped.
+-- lives; under the lock of the schedule's row, after durable.start_waiting. Outcome: started, known (it was before), queued or skipped.
 create or replace function durable.run_schedule(i_name text, i_due timestamptz, i_overlap text, out outcome text, out id uuid)
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
@@ -330,7 +336,6 @@ as $$
 declare
     v_schedule durable.schedule;
 begin
-    perform durable.start_waiting(i_name);
     v_schedule := durable.locked_schedule(i_name);
     v_schedule.overlap := i_overlap;
     if durable.may_begin(v_schedule) then
@@ -367,6 +372,7 @@ begin
     if not found then
         return null;
     end if;
+    perform durable.start_waiting(i_name);
     foreach v_due in array i_dues loop
         v_started := v_started + ((durable.run_schedule(i_name, v_due, v_schedule.overlap)).outcome = 'started')::int;
     end loop;
@@ -390,6 +396,7 @@ begin
     if i_overlap not in ('skip', 'queue', 'allow') then
         raise exception 'overlap % is none; it is skip, queue or allow', quote_literal(left(i_overlap, 80)) using errcode = 'DC002';
     end if;
+    perform durable.start_waiting(i_name);
     select r.outcome, r.id into trigger_schedule.outcome, trigger_schedule.id
     from durable.run_schedule(i_name, durable.now(), coalesce(i_overlap, v_schedule.overlap)) r;
 end
