@@ -227,6 +227,7 @@ def test_of_two_hosts_that_see_a_due_time_one_fires_it(
     app.schedules.create("nightly", "0 3 * * *", "report")
     at("2027-06-01T03:00:01Z")
     with psycopg.connect(dsn) as first, psycopg.connect(dsn, autocommit=True) as second:
+        second.execute("set lock_timeout = '2s'")
         seen_by_first, seen_by_second = due_now(first), due_now(second)
         assert fired(first, seen_by_first) == 1
         assert fired(second, seen_by_second) is None, "nobody waits for the other"
@@ -366,6 +367,7 @@ def test_two_hosts_start_what_waits_once(app: App, dsn: str, conn: Connection, a
     app.workflow("hold").get(key="nightly@2027-06-01T03:00:00Z").cancel()
     conn.execute("insert into durable.finished select id, day, 'cancelled', '{}', at from durable.started")
     with psycopg.connect(dsn) as first, psycopg.connect(dsn, autocommit=True) as second:
+        second.execute("set lock_timeout = '2s'")
         assert sql.start_queued(first) == 1
         assert sql.start_queued(second) == 0
         first.commit()
