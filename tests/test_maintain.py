@@ -83,6 +83,13 @@ def test_timers_and_timeouts_fire_and_the_answer_says_that_work_waits(
     assert [handle.result(timeout=5) for handle in handles] == ["awake", "too late", "too late"]
 
 
+def test_the_work_of_a_paused_shard_waits_for_no_cluster(app: App, conn: Connection) -> None:
+    app.workflow("nap").start_many(["1h"] * 20)
+    assert maintained(conn) == {"has_work": True}
+    conn.execute("select durable.pause('shard', s.shard::text) from durable.shard s")
+    assert maintained(conn) == {}
+
+
 def test_with_nothing_to_do_it_writes_nothing(app: App, dsn: str) -> None:
     with psycopg.connect(dsn) as connection:
         assert maintained(connection) == {}

@@ -112,6 +112,14 @@ def one(conn: Connection, query: str, *parameters: object) -> Any:
     return row and row[0]
 
 
+def refuse(conn: Connection) -> None:
+    """From now on every change of the schedule ``broken`` fails."""
+    conn.execute(
+        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'the disk is full'; end $$;"
+        "create trigger refuse after update on durable.schedule for each row when (new.name = 'broken') execute function refuse()"
+    )
+
+
 def due_now(conn: Connection) -> sql.Due:
     found = sql.due(conn, limit=1, without=[])
     assert len(found) == 1
@@ -276,10 +284,7 @@ def test_a_fire_whose_transaction_fails_leaves_the_schedule_due_and_holds_up_no_
     at("2027-06-01T00:00:00Z")
     for name in ("broken", "nightly"):
         app.schedules.create(name, "0 3 * * *", "report")
-    conn.execute(
-        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'the disk is full'; end $$;"
-        "create trigger refuse after update on durable.schedule for each row when (new.name = 'broken') execute function refuse()"
-    )
+    refuse(conn)
     at("2027-06-01T03:00:01Z")
     seen = next(one for one in sql.due(conn, limit=9, without=[]) if one.name == "broken")
     with pytest.raises(RaiseException):
@@ -360,6 +365,20 @@ def test_what_waits_begins_before_what_is_due_now(app: App, conn: Connection, at
     assert fired(conn, due_now(conn)) == 0
     assert started(conn) == ["2027-06-01T03:00:00Z", "2027-06-02T03:00:00Z"]
     assert app.schedules.get("nightly").queued == datetime(2027, 6, 4, 3, tzinfo=UTC)
+
+
+def test_what_waits_and_cannot_be_started_holds_up_no_other(app: App, conn: Connection, at: At) -> None:
+    holding(app, conn, at, "queue")
+    app.schedules.create("broken", "0 3 * * *", "hold", overlap="queue")
+    assert [app.schedules.trigger("broken").outcome for _ in range(2)] == ["started", "queued"]
+    conn.execute("delete from durable.schedule_run")
+    refuse(conn)
+    assert sql.start_queued(conn) == 1
+    assert started(conn) == ["2027-06-01T03:00:00Z", "2027-06-02T03:00:00Z"]
+    assert app.schedules.get("broken").queued is not None
+    conn.execute("drop trigger refuse on durable.schedule")
+    fire(conn)
+    assert len(started(conn, "broken")) == 2
 
 
 def test_two_hosts_start_what_waits_once(app: App, dsn: str, conn: Connection, at: At) -> None:

@@ -194,8 +194,9 @@ begin
         + case when durable.has_ended_cancels() then durable.sweep_cancels() else 0 end;
     select l.partitions, l.days_dropped into maintain.partitions, maintain.days_dropped from durable.maintain_days(i_retention_days) l;
     schedules_due := (select o.schedules from durable.overdue() o);
-    has_work := exists (select from durable.win) or exists (select from durable.detached)
-        or exists (select from durable.shard s where durable.has_events(s.queue_id));
+    has_work := exists (select from durable.detached)
+        or exists (select from durable.shard s where not s.is_paused
+                   and (durable.has_events(s.queue_id) or exists (select from durable.win w where w.shard = s.shard)));
 end
 $$;
 

@@ -307,7 +307,8 @@ begin
 end
 $$;
 
--- durable.start_queued(): starts the runs that wait and need no longer; those of paused schedules wait on. How many.
+-- durable.start_queued(): starts the runs that wait and need no longer; those of paused schedules wait on. How many. One that cannot be
+-- started is a warning in the server's log, and holds up no other.
 create or replace function durable.start_queued() returns int
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
@@ -321,7 +322,11 @@ begin
         select s.name from durable.schedule s
         where s.queued is not null and s.paused_at is null and durable.may_begin(s) order by s.name for update skip locked
     loop
-        v_started := v_started + durable.start_waiting(v_name)::int;
+        begin
+            v_started := v_started + durable.start_waiting(v_name)::int;
+        exception when others then
+            raise warning 'schedule %: the run that waits could not be started: %', quote_literal(v_name), sqlerrm;
+        end;
     end loop;
     return v_started;
 end
