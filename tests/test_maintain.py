@@ -32,7 +32,8 @@ NOTHING = {
 
 
 @pytest.fixture
-def app(dsn: str) -> Iterator[App]:
+def app(dsn: str, conn: Connection) -> Iterator[App]:
+    conn.execute("update pgque.queue set queue_switch_time = now()")  # the template may be older than a rotation's period
     app = App("sleeping", dsn=dsn)
     nap, ask = app.machine("nap"), app.machine("ask")
 
