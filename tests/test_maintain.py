@@ -33,7 +33,9 @@ NOTHING = {
 
 @pytest.fixture
 def app(dsn: str, conn: Connection) -> Iterator[App]:
-    conn.execute("update pgque.queue set queue_switch_time = now()")  # the template may be older than a rotation's period
+    conn.execute(
+        "update pgque.queue set queue_switch_time = now()"
+    )  # the template may be older than a rotation's period
     app = App("sleeping", dsn=dsn)
     nap, ask = app.machine("nap"), app.machine("ask")
 
