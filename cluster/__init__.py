@@ -29,6 +29,7 @@ from durable_cluster.errors import (
     WorkflowStuck,
 )
 from durable_cluster.joins import Child, ChildResult, Results
+from durable_cluster.limits import Limit
 from durable_cluster.retry import Retry
 from durable_cluster.schedule_statements import Schedule
 from durable_cluster.settings import Settings
@@ -51,6 +52,7 @@ __all__ = [
     "Handle",
     "HandlerError",
     "InputError",
+    "Limit",
     "Machine",
     "NotInstalled",
     "ResultTimeout",

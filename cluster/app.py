@@ -16,6 +16,7 @@ from durable_cluster.client import Client, Handle
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.joins import Child
+from durable_cluster.limits import Limit
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
 from durable_cluster.schedule_statements import Plan
@@ -36,6 +37,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     is_blocking: bool
     retry: Policy
     timeout_s: float
+    limit: Limit | None
+    is_limited: bool
     decoder: msgspec.json.Decoder[Any]
 
     @property
@@ -48,14 +51,20 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Whether it runs in the consumer's own thread, with no transaction open."""
         return not (self.is_beside or self.is_transactional)
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it runs there at once."""
+        return self.is_inline and not self.is_limited
+
 
 class Machine:
     """A kind of workflow, written as steps that say what comes next."""
 
-    def __init__(self, app: App, name: str, *, state: Any, version: int) -> None:
+    def __init__(self, app: App, name: str, *, state: Any, version: int, limit: Limit | None) -> None:
         self.app = app
         self.name = checked_name("workflow", name)
         self.version = version
+        self.limit = limit
         self.steps: dict[str, Step] = {}
         self.first: Step | None = None
         self.on_cancel: Step | None = None
@@ -71,6 +80,7 @@ class Machine:
         blocking: bool = False,
         retry: Retry | None = None,
         timeout: Duration | None = None,
+        limit: Limit | None = None,
         name: str | None = None,
     ) -> Callable[[F], F]:
         """Make a function a step of this machine; it stays the plain function that it is.
@@ -80,8 +90,8 @@ class Machine:
         ``on_cancel``: it runs in place of the next step of a cancelled workflow, with that step's state, and may go on to others.
         ``transactional``: it runs inside the transaction that hands the workflow on, with ``ctx.tx``. ``blocking``: a ``def`` that
         waits (for files, sockets, a subprocess) and runs in a thread. ``retry``: what happens when it raises (5 attempts).
-        ``timeout``: how long one attempt may take (5 minutes). Raises AppError for a signature that cannot be called, InputError
-        for a retry or timeout that cannot be.
+        ``timeout``: how long one attempt may take (5 minutes). ``limit``: how many may run at once, or begin a
+        period. Raises AppError for a signature that cannot be called, InputError for a retry or timeout that cannot be.
         """
 
         def register(function: F) -> F:
@@ -114,6 +124,8 @@ class Machine:
                 is_blocking=blocking,
                 retry=(retry or Retry()).policy,
                 timeout_s=self._timeout_s(step_name, timeout),
+                limit=limit,
+                is_limited=limit is not None or (start and self.limit is not None),
                 decoder=_decoder(signature.state, step_name),
             )
             self.steps[step_name] = step
@@ -249,11 +261,14 @@ class App:
         self.secret: bytes | None = None
         self.client = Client(dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state)
 
-    def machine(self, name: str, *, state: Any = Any, version: int = 1) -> Machine:
-        """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type."""
+    def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:
+        """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type.
+
+        ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order.
+        """
         if name in self.machines:
             raise AppError(f"app '{self.name}' has a machine '{name}' already")
-        machine = Machine(self, name, state=state, version=version)
+        machine = Machine(self, name, state=state, version=version, limit=limit)
         self.machines[name] = machine
         return machine
 

@@ -43,6 +43,7 @@ class Envelope(
         "event": "e",
         "cancelled": "c",
         "has_children": "j",
+        "permit": "l",
     },
 ):
     """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded.
@@ -51,6 +52,7 @@ class Envelope(
     process knew the step. ``retry``: a policy for this call alone. ``progress``: what the last attempt said, as JSON.
     ``event``: the signal that the step was resumed with, undecoded; empty without one.
     ``cancelled``: why the workflow was cancelled, in the steps of its cleanup. ``has_children``: it was resumed by its children.
+    ``permit``: which permits it has been given: see ``limits``.
     """
 
     workflow_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
@@ -67,6 +69,7 @@ class Envelope(
     event: msgspec.Raw = msgspec.Raw()
     cancelled: str = ""
     has_children: bool = False
+    permit: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
 
     @property
     def has_names(self) -> bool:

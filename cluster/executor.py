@@ -24,6 +24,7 @@ from durable_cluster.errors import (
     TerminalError,
 )
 from durable_cluster.joins import ChildResult, Joining, Spawning
+from durable_cluster.limits import LIMIT, OF_STEP, OF_WORKFLOW, Pump, Queued, pump_of, without_permit
 from durable_cluster.signals import CANCEL, SIGNAL, Cancel, Delivery, Waiting, message_of, token_seq_of
 from durable_cluster.statements import Outcome
 
@@ -67,7 +68,9 @@ class Parked(msgspec.Struct, frozen=True):
     envelope: Envelope
 
 
-Result = Envelope | Outcome | Later | Parked | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+Result = (
+    Envelope | Outcome | Later | Parked | Queued | Pump | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+)
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
@@ -91,6 +94,8 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
     except KeyError:
         if envelope.workflow in (SIGNAL, CANCEL):
             return message_of(envelope)
+        if envelope.workflow == LIMIT:
+            return pump_of(envelope)
         return _unrouted(envelope, machines, limit_s)
 
 
@@ -117,9 +122,28 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
 
 def is_paused(envelope: Envelope, paused: Collection[str]) -> bool:
     """Whether a step has to wait for the end of a pause: signals and cancels do not, nor what cleans up after a cancel."""
-    if envelope.cancelled or envelope.workflow in (SIGNAL, CANCEL):
+    if envelope.cancelled or envelope.workflow in (SIGNAL, CANCEL, LIMIT):
         return False
     return envelope.workflow in paused or envelope.workflow_id in paused
+
+
+def queued(task: Task) -> Result | None:
+    """A step that has to wait for a permit first; None for one that has it, or needs none, as what cleans up after a cancel."""
+    envelope, of_workflow, of_step = task.envelope, task.machine.limit, task.step.limit
+    if envelope.cancelled:
+        return None
+    if of_workflow is not None and envelope.seq == 1 and not envelope.permit & OF_WORKFLOW:
+        limit, bit, permit_seq = of_workflow, OF_WORKFLOW, 0
+    elif of_step is not None and not envelope.permit & OF_STEP:
+        limit, bit, permit_seq = of_step, OF_STEP, envelope.seq
+    else:
+        return None
+    try:
+        key = limit.key_of(_state_of(task))
+    except Exception as error:
+        wrong = HandlerError(f"step '{task.step.name}': the key of its limit '{limit.name}' failed: {_reason(error)}")
+        return failed(task, wrong, context_of(task))
+    return Queued(msgspec.structs.replace(envelope, permit=envelope.permit | bit), limit, key, permit_seq)
 
 
 def call(task: Task, context: Context) -> Result:
@@ -218,14 +242,14 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
         return dead_letter(envelope, "attempts", reason, trace=_trace(error))
     pause_s = policy.pause_s(spent, chance=random.random())
     again = msgspec.structs.replace(
-        envelope, seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
+        without_permit(envelope), seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
     )
     return Later(again, pause_s)
 
 
 def dead_letter(envelope: Envelope, kind: str, reason: str, *, trace: str | None = None) -> DeadLetter:
     """A step that is set aside until somebody takes it up again."""
-    return DeadLetter(envelope, kind, _said_of(envelope, reason, trace))
+    return DeadLetter(without_permit(envelope), kind, _said_of(envelope, reason, trace))
 
 
 def crashed(envelope: Envelope, times: int, what: str = "the process died") -> DeadLetter:
@@ -267,7 +291,7 @@ def _unrouted(envelope: Envelope, machines: Mapping[str, Machine], limit_s: floa
     if envelope.unrouted == 0:
         logger.warning("%s; %s… waits for a process that does", what, short_id(envelope.workflow_id))
     pause_s = min(UNROUTED_PAUSE_S_MAX, 2.0 ** min(envelope.unrouted, UNROUTED_DOUBLINGS))
-    return Later(msgspec.structs.replace(envelope, unrouted=envelope.unrouted + 1), pause_s)
+    return Later(msgspec.structs.replace(without_permit(envelope), unrouted=envelope.unrouted + 1), pause_s)
 
 
 def _waited_s(times: int) -> float:
@@ -310,11 +334,15 @@ def _clean(text: str) -> str:
 
 
 def _arguments(task: Task, context: Context) -> tuple[Any, ...]:
+    state = _state_of(task)
+    return (context, state) if task.step.signature.takes_context else (state,)
+
+
+def _state_of(task: Task) -> Any:
     try:
-        state = task.step.decoder.decode(task.envelope.state)
+        return task.step.decoder.decode(task.envelope.state)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandlerError(f"the state does not fit step '{task.step.name}': {error}") from error
-    return (context, state) if task.step.signature.takes_context else (state,)
 
 
 def _encoded(task: Task, value: object) -> bytes:

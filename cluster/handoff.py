@@ -27,6 +27,7 @@ from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, enco
 from durable_cluster.errors import HandlerError
 from durable_cluster.executor import DeadLetter, Later, Parked, Result, Task
 from durable_cluster.joins import Joining, Spawning
+from durable_cluster.limits import OF_STEP, Pump, Queued
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Outcome
@@ -58,9 +59,9 @@ class Answer(msgspec.Struct, frozen=True):
 Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
 
-NotInTheLog = Later | Parked | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+NotInTheLog = Later | Parked | Queued | Pump | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
 NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
-OfStripes = Later | Parked | Waiting | Spawning | Joining | Delivery | Cancel
+OfStripes = Later | Parked | Queued | Waiting | Spawning | Joining | Delivery | Cancel
 OF_STRIPES = frozenset(get_args(OfStripes))
 OfGroups = Spawning | Joining | Cancel
 OF_GROUPS = frozenset(get_args(OfGroups))
@@ -97,6 +98,7 @@ class Handoff:
         self._group = self._group_max
         self._timeout_s = settings.step_timeout_s
         self._on_task: Callable[[Task | None], None] = lambda _: None
+        self._has_permits = False
 
     def use(self, connection: psycopg.Connection[Any]) -> None:
         """Go on with a new connection."""
@@ -110,13 +112,16 @@ class Handoff:
         *,
         first: int = 0,
         on_task: Callable[[Task | None], None] = lambda _: None,
+        has_permits: bool = False,
     ) -> list[Slot]:
         """Hand on the lines of ``page`` from ``first`` on, a slot each; the slots with their results.
 
+        ``has_permits``: some of the lines ran with a permit, which is given back.
         ``on_task`` hears of each transactional step before it runs, and when none does. Raises BatchLost: what was committed before
         it stays.
         """
         self._on_task = on_task
+        self._has_permits = has_permits
         begin = conflicts = 0
         while True:
             end = self._group_end(slots, begin)
@@ -154,7 +159,7 @@ class Handoff:
         results = slots[begin:end]
         kinds = set(map(type, results))
         tasks = [index for index, slot in enumerate(results) if isinstance(slot, Task)] if Task in kinds else []
-        if not tasks and kinds.isdisjoint(NOT_IN_THE_LOG):
+        if not tasks and not self._has_permits and kinds.isdisjoint(NOT_IN_THE_LOG):
             self._commit(window, page, results, first + begin, is_fenced=False)
             return
         try:
@@ -165,7 +170,9 @@ class Handoff:
                     results[index] = self._run(results[index], begin + index)
                 if tasks:
                     self._settle([begin + index for index in tasks], slots)
-                self._set_aside(window.shard, window.owner, results)
+                lines = page.lines[first + begin : first + end]
+                giving = _giving(lines, results) if self._has_permits else []
+                self._set_aside(window.shard, window.owner, results, giving)
                 self._commit(window, page, results, first + begin, is_fenced=True)
         except NOBODYS_FAULT as error:
             raise Conflict from error
@@ -190,19 +197,23 @@ class Handoff:
             # Of two answers for one step, of which the process has lost count, one counts.
             ours = list({one.envelope.key: one for one in answers if one.envelope.key in still}.values())
             for shard in sorted({one.shard for one in ours}):
-                results: list[Slot] = [one.result for one in ours if one.shard == shard]
-                self._set_aside(shard, owner, results)
+                of_shard = [one for one in ours if one.shard == shard]
+                results: list[Slot] = [one.result for one in of_shard]
+                self._set_aside(shard, owner, results, _giving([one.envelope for one in of_shard], results))
                 steps, counts, outcomes = self._for_the_log(results)
                 statements.hand_on(self._connection, shard=shard, steps=steps, counts=counts, outcomes=outcomes)
         return len(ours)
 
-    def _set_aside(self, shard: int, owner: int, results: list[Slot]) -> None:
-        """Write what does not go on in the log: timers, detached steps, dead letters. In the transaction that hands the rest on."""
+    def _set_aside(self, shard: int, owner: int, results: list[Slot], giving: Sequence[Envelope]) -> None:
+        """Write what does not go on in the log: timers, detached steps, dead letters. In the transaction that hands the rest on.
+
+        ``giving``: step events whose permits are given back.
+        """
         for index, slot in enumerate(results):
             if isinstance(slot, NotInTheLog) and not slot.envelope.is_of_a_workflow:
                 logger.error("a line of the log has no workflow's id; it is passed over")
                 results[index] = None
-        self._lock(results)
+        self._lock(results, giving)
         if later := [slot for slot in results if isinstance(slot, Later)]:
             side_statements.schedule(
                 self._connection, [slot.envelope for slot in later], [slot.delay_s for slot in later]
@@ -218,6 +229,7 @@ class Handoff:
                 crashes=[slot.crashes for slot in detached],
             )
         self._set_waiting(results)
+        self._pass_on_permits(results, giving)
         if dead := [slot for slot in results if isinstance(slot, DeadLetter)]:
             side_statements.bury(
                 self._connection,
@@ -230,10 +242,10 @@ class Handoff:
                 short = short_id(of.workflow_id)
                 logger.warning("step '%s' of '%s' %s… is a dead letter (%s)", of.step, of.workflow, short, slot.reason)
 
-    def _lock(self, results: list[Slot]) -> None:
+    def _lock(self, results: list[Slot], giving: Sequence[Envelope]) -> None:
         """Sleeps, waits, signals and cancels of one workflow exclude each other, and so do counts of one group of children.
 
-        Where several statements would lock, all is locked ahead, in one order: stripes, then groups.
+        Where several statements would lock, all is locked ahead, in one order: stripes, groups, counts of limits.
         """
         kinds = set(map(type, results))
         if len(kinds & OF_STRIPES) > 1 or Joining in kinds:
@@ -243,6 +255,10 @@ class Handoff:
             parents = [slot.envelope.workflow_id for slot in results if isinstance(slot, OfGroups)]
             ended = [slot.workflow_id for slot in results if type(slot) is Outcome]
             side_statements.lock_groups(self._connection, parents, ended)
+        queued = [slot for slot in results if isinstance(slot, Queued | Pump)]
+        if queued or giving:
+            ended = [slot.workflow_id for slot in results if type(slot) is Outcome]
+            side_statements.lock_ahead(self._connection, queued, [*(one.workflow_id for one in giving), *ended])
 
     def _set_waiting(self, results: list[Slot]) -> None:
         """Children are started, and waits begin and end. Who only spawned goes on in the log."""
@@ -260,6 +276,14 @@ class Handoff:
         deliveries = [slot for slot in results if isinstance(slot, Delivery)]
         if deliveries and (dropped := side_statements.deliver(self._connection, deliveries)):
             logger.warning("%d signals were dropped: their workflows have ended, or their mailboxes are full", dropped)
+
+    def _pass_on_permits(self, results: list[Slot], giving: Sequence[Envelope]) -> None:
+        if giving:
+            side_statements.give_back(self._connection, giving)
+        if queued := [slot for slot in results if isinstance(slot, Queued)]:
+            side_statements.take_permits(self._connection, queued)
+        if pumps := [slot for slot in results if isinstance(slot, Pump)]:
+            side_statements.pump(self._connection, pumps)
 
     def _run(self, task: Slot, index: int) -> Result:
         """Run one transactional step. Raises StepFailed, or Conflict where it is nobody's fault."""
@@ -349,6 +373,15 @@ class Handoff:
 
     def _limit_statements(self, timeout_s: float) -> None:
         self._connection.execute("select set_config('statement_timeout', %s, true)", (str(int(timeout_s * 1000) or 1),))
+
+
+def _giving(lines: Sequence[Envelope | None], results: Sequence[Slot]) -> list[Envelope]:
+    """Of these lines, those whose permits are given back with these results: not while a step runs on, or is put back as it is."""
+    return [
+        line
+        for line, result in zip(lines, results, strict=True)
+        if line is not None and line.permit & OF_STEP and not isinstance(result, Detached) and result is not line
+    ]
 
 
 def _put_back(slots: list[Slot], begin: int, conflict: Conflict) -> None:

@@ -16,6 +16,7 @@ from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Parked, Task
 from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
 from durable_cluster.joins import ChildResult, Joining, Spawning
+from durable_cluster.limits import Pump, without_permit
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Cancel, Delivery
 from durable_cluster.statements import Outcome
@@ -51,6 +52,7 @@ class PageRunner:
         self._marked: tuple[int, int, str] | None = None
         self._crashes = 0
         self._cancelled: Mapping[str, str] = {}
+        self._has_permits = False
         self._paused: frozenset[str] = frozenset()
         self._children: Mapping[str, list[ChildResult]] = {}
 
@@ -58,6 +60,7 @@ class PageRunner:
         """Run as much of ``page`` as its time window lets begin, and commit it. Raises BatchLost."""
         self._cancelled, self._paused = page.header.cancelled, page.header.paused
         self._children = self._read_children(page)
+        self._has_permits = False
         if page.header.suspects:
             return self._run_suspects(window, page)
         slots, runs = self._phase_1(page.lines, window.shard)
@@ -80,7 +83,7 @@ class PageRunner:
             # Anew each time: who watches tells the runs of a step that conflicts apart.
             self.inline = None if task is None else msgspec.structs.replace(task)
 
-        return self._handoff.commit(window, page, slots, first=first, on_task=on_task)
+        return self._handoff.commit(window, page, slots, first=first, on_task=on_task, has_permits=self._has_permits)
 
     def _phase_1(self, lines: Sequence[Envelope | None], shard: int) -> tuple[list[Slot], list[Run]]:
         """A slot for each line that the time window let begin, and the runs that outlast it.
@@ -131,19 +134,41 @@ class PageRunner:
         if envelope is None:
             logger.error("a line of the log is no step event; it is passed over")
             return None
-        if self._cancelled and envelope.workflow_id in self._cancelled:
+        if self._cancelled or self._paused:
+            envelope, instead = self._diverted(envelope)
+            if instead is not None:
+                return instead
+        task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
+        if not isinstance(task, Task):
+            is_told = isinstance(task, Delivery | Cancel | Pump) or (task is not None and envelope.has_names)
+            return task if is_told else self._begin(None)
+        if envelope.has_children or not task.step.is_plain:
+            return self._prepared(task)
+        self.inline = task
+        return executor.run(task, executor.context_of(task))
+
+    def _diverted(self, envelope: Envelope) -> tuple[Envelope, Slot]:
+        """The step event that runs in place of one whose workflow is cancelled; and what becomes of it if none does now."""
+        if envelope.workflow_id in self._cancelled:
+            self._has_permits |= envelope.permit > 0
             instead = executor.cancelled(self._machines, envelope, self._cancelled[envelope.workflow_id])
             if isinstance(instead, Outcome):
-                return instead
+                return envelope, instead
             envelope = instead or envelope
         if self._paused and executor.is_paused(envelope, self._paused):
-            return Parked(envelope)
-        task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
-        if task is None or not (isinstance(task, Task | Delivery | Cancel) or envelope.has_names):
-            return self._begin(None)
-        if envelope.has_children and isinstance(task, Task):
-            task = msgspec.structs.replace(task, children=self._children.get(envelope.workflow_id))
-        if not isinstance(task, Task) or not task.step.is_inline:
+            self._has_permits |= envelope.permit > 0
+            return envelope, Parked(without_permit(envelope))
+        return envelope, None
+
+    def _prepared(self, task: Task) -> Slot:
+        """A task that runs beside the page or in phase 2; what a step of an unusual kind came to, if it ran at once."""
+        if task.step.is_limited:
+            if queued := executor.queued(task):
+                return queued
+            self._has_permits = True
+        if task.envelope.has_children:
+            task = msgspec.structs.replace(task, children=self._children.get(task.envelope.workflow_id))
+        if not task.step.is_inline:
             return task
         self.inline = task
         return executor.run(task, executor.context_of(task))

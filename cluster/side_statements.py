@@ -8,6 +8,7 @@ from typing import Any, LiteralString
 from durable_cluster.envelope import Envelope, encode_line
 from durable_cluster.errors import translated
 from durable_cluster.joins import RESULTS_AT_ONCE, ChildResult, Joining, Spawning, result_of
+from durable_cluster.limits import Pump, Queued
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Connection, plain_cursor
 
@@ -31,6 +32,56 @@ def park(tx: Connection, envelopes: Sequence[Envelope]) -> None:
         [encode_line(one) for one in envelopes],
     )
     _call_with_columns(tx, "park", columns)
+
+
+def lock_ahead(tx: Connection, queued: Sequence[Queued | Pump], giving_ids: Sequence[str]) -> None:
+    """Exclude everybody else's counts for these, and for the permits of these workflows, until ``tx`` ends."""
+    names = [one.limit.name if isinstance(one, Queued) else one.name for one in queued]
+    _call_with_columns(tx, "lock_ahead", (names, [one.key for one in queued], giving_ids))
+
+
+def take_permits(tx: Connection, queued: Sequence[Queued]) -> None:
+    """Steps that need a permit, in the transaction of their page: they come back through the log with it."""
+    columns = (
+        [one.envelope.workflow_id for one in queued],
+        [one.envelope.seq for one in queued],
+        [encode_line(one.envelope) for one in queued],
+        [one.permit_seq for one in queued],
+        [one.limit.name for one in queued],
+        [one.key for one in queued],
+        ["" if one.limit.concurrency is None else one.limit.concurrency for one in queued],
+        ["" if one.limit.rate is None else one.limit.rate for one in queued],
+        ["" if one.limit.period_s is None else one.limit.period_s * 1000 for one in queued],
+    )
+    _call_with_columns(tx, "take_permits", columns)
+
+
+def give_back(tx: Connection, envelopes: Sequence[Envelope]) -> None:
+    """The permits of steps that are handed on in ``tx``."""
+    _call_with_columns(tx, "give_back", ([one.workflow_id for one in envelopes], [one.seq for one in envelopes]))
+
+
+def pump(tx: Connection, pumps: Sequence[Pump]) -> None:
+    """Rates that let somebody pass now."""
+    _call_with_columns(tx, "pump", ([one.name for one in pumps], [one.key for one in pumps]))
+
+
+def set_limit(
+    connection: Connection, name: str, *, concurrency: int | None, rate: int | None, period_s: float | None
+) -> None:
+    """These numbers in place of what the code declares. Raises InputError."""
+    with translated():
+        plain_cursor(connection).execute(
+            "select durable.set_limit(%s, %s::int, %s::int, make_interval(secs => coalesce(%s::float8, 1)))",
+            (name, concurrency, rate, period_s),
+        )
+
+
+def reset_limit(connection: Connection, name: str) -> bool:
+    """What the code declares counts again; whether something else did."""
+    with translated():
+        row = plain_cursor(connection).execute("select durable.reset_limit(%s)", (name,)).fetchone()
+    return bool(row and row[0])
 
 
 def pause(connection: Connection, scope: str, name: str, *, actor: str | None) -> bool:

@@ -35,7 +35,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a live workflow stands: queued, claimed, sleeping, waiting, joining, detached, paused or stuck.
+    """Where a live workflow stands: queued, claimed, sleeping, waiting, joining, detached, limited, paused or stuck.
 
     ``due`` (ISO 8601): until when it sleeps, or waits at the latest.
     """

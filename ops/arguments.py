@@ -90,6 +90,7 @@ def parser() -> Parser:
     show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
 
     _add_dead_letters(commands)
+    _add_limits(commands)
     _add_schedules(commands)
 
     stop = command("stop", "stop the cluster that runs from --data")
@@ -181,6 +182,22 @@ def _add_bench(commands: Commands) -> None:
         metavar="DIR",
         help="measure nothing; write the report there anew, with what further reports have beside it",
     )
+
+
+def _add_limits(commands: Commands) -> None:
+    about = "look at what limits how many steps run, and change it at once"
+    group = commands.add_parser("limits", help=about, description=f"{about}.", epilog=ORDER, allow_abbrev=False)
+    actions = group.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+
+    _add_command(actions, "list", "list the limits, with what holds and what waits")
+
+    set_ = _add_command(actions, "set", "let these numbers count in place of those that the code declares")
+    set_.add_argument("name", metavar="NAME")
+    set_.add_argument("--concurrency", type=_between(0, 1_000_000), metavar="N", help="at most so many at once")
+    set_.add_argument("--rate", metavar="N/PERIOD", help="at most so many a period, such as 100/1s or 5/1m")
+
+    reset = _add_command(actions, "reset", "let the numbers count again that the code declares")
+    reset.add_argument("name", metavar="NAME")
 
 
 def _add_dead_letters(commands: Commands) -> None:

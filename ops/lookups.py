@@ -66,6 +66,19 @@ class Pause(msgspec.Struct, frozen=True, kw_only=True):
     parked: int | None
 
 
+class LimitShown(msgspec.Struct, frozen=True, kw_only=True):
+    """A limit as it counts. ``rate`` so many in ``period_s``; ``keys``: counted by themselves; ``waiting``: up to 100,001."""
+
+    name: str
+    concurrency: int | None
+    rate: int | None
+    period_s: float | None
+    is_set: bool
+    keys: int
+    used: int
+    waiting: int
+
+
 class Overdue(msgspec.Struct, frozen=True, kw_only=True):
     """How late the oldest timer is, and the oldest due time of a schedule; None: none is. ``schedules``: how many are due."""
 
@@ -113,6 +126,18 @@ def pauses(connection: Connection) -> list[Pause]:
     with translated():
         rows = connection.execute("select scope, name, actor, at, parked from durable.pauses()").fetchall()
     return [Pause(scope=s, name=n, actor=a, at=t, parked=p) for s, n, a, t, p in rows]
+
+
+def limits(connection: Connection) -> list[LimitShown]:
+    """Every limit, by name."""
+    with translated():
+        rows = connection.execute(
+            "select name, concurrency, rate, extract(epoch from period)::float8, is_set, keys, used, waiting from durable.limits()"
+        ).fetchall()
+    return [
+        LimitShown(name=n, concurrency=c, rate=r, period_s=p, is_set=s, keys=k, used=u, waiting=w)
+        for n, c, r, p, s, k, u, w in rows
+    ]
 
 
 def asides(connection: Connection) -> Asides:

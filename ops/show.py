@@ -17,6 +17,7 @@ from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, pretty, table
 from durable_cluster.statements import Place, State
 
+THEN = {"sleeping": "sleeping", "waiting": "waiting for a signal", "joining": "waiting for its children"}
 STATUSES = ("running", "stuck", "completed", "failed", "cancelled")
 
 
@@ -142,14 +143,12 @@ def _lines(shown: Shown) -> list[str]:
 def _standing(place: Place, of: str) -> str:
     at = f"at step {place.seq} '{place.step}', shard {place.shard}"
     until = "" if place.due is None else f" until {moment(datetime.fromisoformat(place.due))}"
-    if place.place == "sleeping":
-        return f"sleeping{until}, then {at[3:]}"
-    if place.place == "waiting":
-        return f"waiting for a signal{until}, then {at[3:]}"
-    if place.place == "joining":
-        return f"waiting for its children{until}, then {at[3:]}"
+    if place.place in THEN:
+        return f"{THEN[place.place]}{until}, then {at[3:]}"
     if place.place == "detached":
         return f"{'waiting for room beside the pages' if place.owner_is_silent else 'running beside the pages'} {at}"
+    if place.place == "limited":
+        return f"waiting for a permit {at}; see '{PROGRAM} limits list'"
     if place.place == "paused":
         return f"paused {at}; go on with '{PROGRAM} resume {of}'"
     silent = ", whose consumer is gone: another takes it over" if place.owner_is_silent else ""

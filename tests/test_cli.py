@@ -403,6 +403,11 @@ def test_a_signal_from_the_command_line_resumes_and_a_cancel_ends(cluster: Clust
     assert "by ada: workflow" in cluster.ask("status").out
     assert "was paused already" in cluster.ask("pause", doomed[:12]).out
     assert "goes on; 0 steps had been held" in cluster.ask("resume", doomed[:12]).out
+    assert "no limits; a step or a machine declares one" in cluster.ask("limits", "list").out
+    assert "limit 'stripe' is set" in cluster.ask("limits", "set", "stripe", "--concurrency", "3", "--rate", "5/1m").out
+    assert re.search(r"stripe +3 +5/60.0 s +set +0 +0 +0", cluster.ask("limits", "list").out)
+    assert "counts again as the code declares it" in cluster.ask("limits", "reset", "stripe").out
+    assert "give --concurrency N or --rate" in cluster.ask("limits", "set", "stripe").err
     assert "was not paused" in cluster.ask("resume", "--workflow", "ask").out
     assert "name one thing" in cluster.ask("pause", doomed[:12], "--shard", "1").err
 

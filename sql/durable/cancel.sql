@@ -36,7 +36,7 @@ $$;
 
 -- durable.deliver_cancels(ids, reasons, actors, cascades): cancels of one page, in its transaction. One of each a line; no actor, no
 -- cascade: nothing. A child that is spawned later finds its parent cancelled (durable.spawn).
--- Tables: cancelled (a row inserted), wait, detached, dead_letter, parked (a row deleted), the shards' logs.
+-- Tables: cancelled (a row inserted), wait, detached, dead_letter, parked, queued (a row deleted), the shards' logs.
 -- Hazard: a detached step that is being completed at this moment is not waited for; what it hands on meets the row in the log.
 create or replace function durable.deliver_cancels(i_ids text, i_reasons text, i_actors text, i_cascades text) returns void
 language plpgsql security definer
@@ -67,9 +67,12 @@ begin
             delete from durable.dead_letter d where d.id = v_cancel.id returning d.line
         ), parked as (
             delete from durable.parked p where p.id = v_cancel.id returning p.line
+        ), queued as (
+            delete from durable.queued q where q.id = v_cancel.id returning q.line
         )
         select array_agg(l.line) into v_lines
-        from (select * from waits union all select * from steps union all select * from letters union all select * from parked) l(line);
+        from (select * from waits union all select * from steps union all select * from letters union all select * from parked
+              union all select * from queued) l(line);
         if v_lines is not null then
             perform durable.append_lines(array_fill(v_cancel.id, array[cardinality(v_lines)]), v_lines);
         end if;

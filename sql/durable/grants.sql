@@ -37,7 +37,7 @@ begin
     revoke execute on function durable.lay_out(int) from durable_worker;
 
     grant execute on function durable.list(text, text, int, timestamptz), durable.totals(), durable.shard_status(), durable.asides(),
-        durable.row_changes(), durable.pauses() to durable_viewer, durable_operator;
+        durable.row_changes(), durable.pauses(), durable.limits() to durable_viewer, durable_operator;
     grant execute on function durable.dead_letters(text, text, text, int, timestamptz), durable.dead_letter_total(text, text, text)
         to durable_viewer, durable_operator;
     -- All of a dead letter but its state, which is a payload: durable.dead_letter_state is not among them.
@@ -45,7 +45,8 @@ begin
         durable.retry_dead_letter(uuid, text, int), durable.retry_dead_letters(text, text, text, int, timestamptz),
         durable.purge_dead_letter(uuid), durable.purge_dead_letters(text, text, text, int, timestamptz) to durable_operator;
     grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int), durable.cancel(uuid, text, text, boolean),
-        durable.group_of(uuid), durable.pause(text, text, text), durable.resume(text, text) to durable_operator;
+        durable.group_of(uuid), durable.pause(text, text, text), durable.resume(text, text),
+        durable.set_limit(text, int, int, interval), durable.reset_limit(text) to durable_operator;
 
     grant execute on function durable.schedules(text), durable.overdue() to durable_viewer, durable_operator;
     -- All of a schedule but its input, which is a payload: durable.schedule_input is not among them.

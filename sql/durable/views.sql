@@ -12,7 +12,7 @@ $$;
 -- durable.locate(id): where a live workflow stands: its unfinished step events. Looks at open windows from their cursors on and at
 -- what no tick covers yet, so it costs what the backlog of one shard costs, never history; then at what is not in the log.
 --   place  queued, claimed, sleeping (until due), waiting (for a signal) or joining (its children) until due at the latest, detached,
---          paused, or stuck (a dead letter)
+--          limited (no permit yet), paused, or stuck (a dead letter)
 create or replace function durable.locate(i_id uuid)
 returns table (shard int, place text, step text, seq int, owner_is_silent boolean, due timestamptz)
 language plpgsql stable security definer
@@ -53,6 +53,8 @@ begin
                 and t.workflow_id = i_id and t.line is not null)
             union all
             select 'detached', d.line, d.seq, d.owner = 0, null from durable.detached d where d.id = i_id
+            union all
+            select 'limited', q.line, q.seq, false, null from durable.queued q where q.id = i_id
             union all
             select 'paused', p.line, p.seq, false, null from durable.parked p where p.id = i_id
             union all

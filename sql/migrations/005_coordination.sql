@@ -56,3 +56,52 @@ create table durable.parked (
     primary key (id, seq)
 );
 create index on durable.parked (workflow);
+
+-- Limits, by name. What the code declares, and what was set in its place at run time (which wins).
+create table durable.limit_of (
+    name text primary key,
+    concurrency int check (concurrency >= 0),
+    rate int check (rate > 0),
+    period_ms float8 check (period_ms > 0),
+    is_set boolean not null default false,
+    set_concurrency int check (set_concurrency >= 0),
+    set_rate int check (set_rate > 0),
+    set_period_ms float8 check (set_period_ms > 0)
+);
+comment on column durable.limit_of.is_set is 'Whether what was set counts; null in a field: no limit of that kind.';
+
+-- One row a key that a limit is counted for. Locked by whoever takes or gives back.
+create table durable.limit_use (
+    name text not null,
+    key text not null,
+    used int not null default 0,
+    paid_until timestamptz not null default '-infinity',
+    pump_at timestamptz,
+    primary key (name, key)
+) with (fillfactor = 50);
+comment on column durable.limit_use.used is 'How many hold a permit.';
+comment on column durable.limit_use.paid_until is 'The rate is used up to then: each that passes moves it on by a period divided by the rate.';
+comment on column durable.limit_use.pump_at is 'When the next one may pass, if a timer is set for that.';
+
+-- Who holds one. seq 0: the workflow, until it ends; else a step, until it has been handed on.
+create table durable.permit (
+    id uuid not null,
+    seq int not null,
+    name text not null,
+    key text not null,
+    primary key (id, seq)
+);
+
+-- Step events that wait for a permit, in the order of weight and arrival.
+create sequence durable.queue_number;
+create table durable.queued (
+    name text not null,
+    key text not null,
+    number bigint not null default nextval('durable.queue_number'),
+    id uuid not null,
+    seq int not null,
+    permit_seq int not null,
+    line text not null,
+    primary key (name, key, number)
+);
+create index on durable.queued (id);
