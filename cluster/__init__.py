@@ -31,6 +31,7 @@ from durable_cluster.errors import (
 from durable_cluster.joins import Child, ChildResult, Results
 from durable_cluster.limits import Limit
 from durable_cluster.retry import Retry
+from durable_cluster.schedule_statements import Schedule
 from durable_cluster.settings import Settings
 from durable_cluster.statements import State
 
@@ -57,6 +58,7 @@ __all__ = [
     "ResultTimeout",
     "Results",
     "Retry",
+    "Schedule",
     "SchemaMismatch",
     "Settings",
     "State",

@@ -19,6 +19,8 @@ from durable_cluster.joins import Child
 from durable_cluster.limits import Limit
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
+from durable_cluster.schedule_statements import Plan
+from durable_cluster.schedules import Schedules, planned
 from durable_cluster.settings import Settings, checked_name
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
@@ -218,6 +220,11 @@ class Machine:
         except InputError as error:
             raise UnknownWorkflow(f"no workflow '{self.name}' with such a key: {error}") from error
 
+    def opening(self, value: Any) -> tuple[str, str]:
+        """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
+        first = self._first()
+        return first.name, self._payload(first, value)
+
     def _first(self) -> Step:
         if self.first is None:
             raise AppError(f"machine '{self.name}' has no first step; declare one with @machine.step(start=True)")
@@ -249,6 +256,8 @@ class App:
         self.name = checked_name("app", name)
         self.settings = settings or Settings()
         self.machines: dict[str, Machine] = {}
+        self.declared: dict[str, Plan] = {}
+        self.schedules = Schedules(self)
         self.secret: bytes | None = None
         self.client = Client(dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state)
 
@@ -270,6 +279,31 @@ class App:
                 f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}"
             )
         return self.machines[name]
+
+    def schedule(
+        self,
+        name: str,
+        cron: str,
+        workflow: Machine | str,
+        value: Any = None,
+        *,
+        zone: str = "UTC",
+        overlap: str = "skip",
+        catch_up: int | str | timedelta = 1,
+        due_as: str | None = None,
+    ) -> None:
+        """Declare a schedule: at each due time of ``cron`` in ``zone`` the workflow starts with ``value``, once.
+
+        It is made, or changed, when a cluster of this app starts. ``overlap``: while an earlier run lives, the new one is left out
+        ("skip"), waits for its end ("queue"; one waits at the most) or starts beside it ("allow"). ``catch_up``: how many due times
+        that nobody was there for still fire, the newest, or those of the last while ("1h"). ``due_as``: the field of ``value`` (a
+        dict) that gets the due time, as the clocks of ``zone`` show it. Raises AppError, InputError, UnknownWorkflow.
+        """
+        if name in self.declared:
+            raise AppError(f"app '{self.name}' declares a schedule '{name}' already")
+        self.declared[name] = planned(
+            self, name, cron, workflow, value, zone=zone, overlap=overlap, catch_up=catch_up, due_as=due_as
+        )
 
     def get(self, workflow_id: str) -> Handle:
         """Re-attach to a workflow by its whole id, from any process. Raises UnknownWorkflow."""

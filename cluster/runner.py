@@ -6,9 +6,10 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from durable_cluster import schema, telemetry
+from durable_cluster import schedules, schema, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import connect
+from durable_cluster.firing import Firing
 
 WORTH_WAITING_S = 60.0
 
@@ -21,6 +22,7 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
     dsn = app.client.dsn
     with connect(dsn, name="durable-cluster run") as connection:
         shards = schema.demand_installed(connection)
+        schedules.declare(app, connection)
     stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
 
     def is_over() -> bool:
@@ -29,13 +31,17 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
     tracing = telemetry.configure("run")
     consumer = Consumer(dsn, 0, app.machines, app.settings)
     consumer.shards = list(range(shards))
+    firing = Firing()
     try:
         last_work, may_have_work = time.monotonic(), True
         while not is_over():
+            may_have_work |= firing.tend(consumer.connection)
             if may_have_work and consumer.work(is_over, lambda: None):
                 last_work, may_have_work = time.monotonic(), True
             elif until_idle and not consumer.expects_work(WORTH_WAITING_S):
-                break
+                may_have_work = firing.tend(consumer.connection, is_asked=True)
+                if not may_have_work:
+                    break
             else:
                 may_have_work = consumer.wait(time.monotonic() - last_work)
         return consumer.steps

@@ -18,6 +18,7 @@ LIST_MAX = 10_000
 CONSUMERS_MAX = 16
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ABOUT = "Durable, crash-proof workflows on the Postgres you already run."
+OVERLAP = "while a run lives the next one is left out (skip), waits (queue) or starts (allow)"
 ORDER = "The database: --dsn, else what the app says, else DURABLE_DSN, else a local Postgres under --data."
 
 
@@ -90,6 +91,7 @@ def parser() -> Parser:
 
     _add_dead_letters(commands)
     _add_limits(commands)
+    _add_schedules(commands)
 
     stop = command("stop", "stop the cluster that runs from --data")
     stop.add_argument("--now", action="store_true", help="do not let running steps end")
@@ -98,13 +100,7 @@ def parser() -> Parser:
     command("doctor", "check everything that has to be right")
     command("psql", "open psql on the database; what follows goes to psql")
 
-    demo = command("demo", "take 830 real orders through a cluster and reconcile the books")
-    demo.add_argument("--times", type=_between(1, 10_000), default=1, metavar="N", help="so many copies of every order")
-    demo.add_argument(
-        "--chaos", action="store_true", help="kill consumers at work, stop others, kill the local Postgres twice"
-    )
-    _add_shards(demo)
-    _add_log_level(demo, default="error")
+    _add_demo(command("demo", "take 830 real orders through a cluster and reconcile the books"))
     _add_bench(commands)
     return top
 
@@ -145,6 +141,15 @@ def _add_signal(signal: Parser) -> None:
     signal.add_argument("--key", help="of signals with the same key the first counts")
     signal.add_argument("--token", help="the token of the wait, if it demands one")
     signal.add_argument("--actor", metavar="WHO", help="who sends it")
+
+
+def _add_demo(demo: Parser) -> None:
+    demo.add_argument("--times", type=_between(1, 10_000), default=1, metavar="N", help="so many copies of every order")
+    demo.add_argument(
+        "--chaos", action="store_true", help="kill consumers at work, stop others, kill the local Postgres twice"
+    )
+    _add_shards(demo)
+    _add_log_level(demo, default="error")
 
 
 def _add_bench(commands: Commands) -> None:
@@ -218,6 +223,48 @@ def _add_dead_letters(commands: Commands) -> None:
 
     purge = _add_command(actions, "purge", "end stuck workflows for good, as failed")
     _add_which_letters(purge)
+
+
+def _add_schedules(commands: Commands) -> None:
+    about = "look at what starts by itself, make, pause and end it, or run it now"
+    group = commands.add_parser("schedules", help=about, description=f"{about}.", epilog=ORDER, allow_abbrev=False)
+    actions = group.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+
+    def action(name: str, help_: str) -> Parser:
+        made = _add_command(actions, name, help_)
+        if name != "list":
+            made.add_argument("name", metavar="NAME")
+        return made
+
+    action("list", "list schedules")
+    action("show", "show one, with its next due times")
+    create = action("create", "make one")
+    create.add_argument("cron", metavar="CRON", help="five fields, as in '0 3 * * *', or @daily")
+    create.add_argument("workflow", metavar="WORKFLOW")
+    create.add_argument(
+        "--input", default="null", metavar="JSON|@FILE", help="the input (default null; @- is standard input)"
+    )
+    create.add_argument("--due-as", metavar="FIELD", help="the field of the input that gets the due time")
+    create.add_argument("--zone", default="UTC", metavar="ZONE", help="such as Europe/Berlin (UTC)")
+    create.add_argument("--overlap", default="skip", metavar="POLICY", help=OVERLAP)
+    create.add_argument(
+        "--catch-up",
+        default="1",
+        metavar="N|WHILE",
+        help="missed due times that still fire: the newest N, or of 1h (1)",
+    )
+    _add_app(create)
+    pause = action("pause", "from now on start nothing")
+    pause.add_argument("--reason", help="why, for whoever asks later")
+    action("resume", "go on with the next due time")
+    action("delete", "end it; what it has started goes on").add_argument(
+        "--yes", action="store_true", help="do not ask"
+    )
+    backfill = action("backfill", "start what was due in a period that is over and was not started")
+    backfill.add_argument("begin", metavar="FROM", help="a time such as 2026-03-01T00:00:00+01:00; without offset: UTC")
+    backfill.add_argument("end", metavar="TO")
+    trigger = action("trigger", "run it now")
+    trigger.add_argument("--overlap", metavar="POLICY", help=f"in place of its own: {OVERLAP}")
 
 
 def _add_which_letters(to: Parser) -> None:

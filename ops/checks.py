@@ -22,6 +22,7 @@ HORIZON_S_MAX = 60.0
 LISTEN_S_MAX = 2.0
 DAYS_AHEAD_MIN = 2
 CONNECTIONS_LEFT_MIN = 10
+LATE_S_MAX = 60.0
 
 Connection = psycopg.Connection[Any]
 
@@ -221,6 +222,40 @@ def rotation(connection: Connection) -> Finding:
         f"{len(overdue)} logs are late, {queue} by {elapsed(age_s)}: they grow",
         "durable-cluster start runs maintenance; if it runs, see 'snapshots' and 'windows' here",
     )
+
+
+def timers(connection: Connection) -> Finding:
+    """Consumers fire timers; where none runs, a scheduler may."""
+    late_s = lookups.overdue(connection).timers_s or 0.0
+    if late_s > LATE_S_MAX:
+        return _wrong(
+            "timers",
+            f"the oldest timer is {elapsed(late_s)} late: neither a cluster nor a scheduler has been here",
+            "durable-cluster start, or have pg_cron or another scheduler call durable.maintain()",
+        )
+    return _ok("timers", "none is late")
+
+
+def schedules(connection: Connection) -> Finding:
+    """Only a cluster fires them; what no code declares any more is somebody's to end."""
+    overdue = lookups.overdue(connection)
+    if (overdue.schedules_s or 0.0) > LATE_S_MAX:
+        what = "1 schedule is" if overdue.schedules == 1 else f"{overdue.schedules} schedules are"
+        return _wrong(
+            "schedules",
+            f"{what} due, the longest for {elapsed(overdue.schedules_s or 0.0)}: no cluster has been here, or it cannot fire them",
+            "durable-cluster start; if a cluster runs, see its log: maintenance says why",
+        )
+    orphans = lookups.undeclared_schedules(connection)
+    if orphans:
+        name, app = orphans[0]
+        more = f" (and {len(orphans) - 1} more)" if len(orphans) > 1 else ""
+        return _note(
+            "schedules",
+            f"'{name}' of app '{app}' is no longer in its code and goes on firing{more}",
+            f"durable-cluster schedules delete {name}, if it is meant to end",
+        )
+    return _ok("schedules", "none is late")
 
 
 def _ok(check: str, says: str) -> Finding:

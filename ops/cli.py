@@ -26,6 +26,7 @@ from durable_cluster.ops import (
     psql,
     run,
     running,
+    schedules,
     show,
     signal,
     start,
@@ -169,6 +170,30 @@ def _which_letters(options: argparse.Namespace) -> Filter:
     return Filter(workflow=options.workflow, step=options.step, reason=options.reason)
 
 
+def _schedules(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return SCHEDULES[options.action](terminal, target, options)
+
+
+def _schedules_create(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return schedules.create(
+        terminal,
+        target,
+        name=options.name,
+        cron=options.cron,
+        workflow=options.workflow,
+        text=options.input,
+        zone=options.zone,
+        overlap=options.overlap,
+        catch_up=options.catch_up,
+        due_as=options.due_as,
+        app_address=options.app,
+    )
+
+
+def _schedules_backfill(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return schedules.backfill(terminal, target, name=options.name, begin=options.begin, end=options.end)
+
+
 def _stop(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
     return running.stop(terminal, target.data, is_now=options.now, timeout_s=options.timeout)
 
@@ -200,6 +225,7 @@ COMMANDS: Mapping[str, Command] = {
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),
     "dead-letters": _dead_letters,
     "limits": limits.limits,
+    "schedules": _schedules,
     "stop": _stop,
     "doctor": lambda terminal, target, options: doctor.doctor(terminal, target),
     "demo": _demo,
@@ -211,6 +237,23 @@ DEAD_LETTERS: Mapping[str, Command] = {
     "show": lambda terminal, target, options: dead_letters.show(terminal, target, prefix=options.id),
     "retry": _dead_letters_retry,
     "purge": _dead_letters_purge,
+}
+
+SCHEDULES: Mapping[str, Command] = {
+    "list": lambda terminal, target, options: schedules.list_(terminal, target),
+    "show": lambda terminal, target, options: schedules.show(terminal, target, name=options.name),
+    "create": _schedules_create,
+    "pause": lambda terminal, target, options: schedules.pause(
+        terminal, target, name=options.name, reason=options.reason
+    ),
+    "resume": lambda terminal, target, options: schedules.resume(terminal, target, name=options.name),
+    "delete": lambda terminal, target, options: schedules.delete(
+        terminal, target, name=options.name, is_agreed=options.yes
+    ),
+    "backfill": _schedules_backfill,
+    "trigger": lambda terminal, target, options: schedules.trigger(
+        terminal, target, name=options.name, overlap=options.overlap
+    ),
 }
 
 

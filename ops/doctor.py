@@ -34,6 +34,8 @@ SCHEMA_CHECKS: Sequence[Check] = (
     checks.consumers,
     checks.silent_windows,
     checks.rotation,
+    checks.timers,
+    checks.schedules,
 )
 
 

@@ -79,6 +79,14 @@ class LimitShown(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
 
 
+class Overdue(msgspec.Struct, frozen=True, kw_only=True):
+    """How late the oldest timer is, and the oldest due time of a schedule; None: none is. ``schedules``: how many are due."""
+
+    timers_s: float | None
+    schedules_s: float | None
+    schedules: int
+
+
 class Total(msgspec.Struct, frozen=True, kw_only=True):
     """So many workflows of a type are in a status."""
 
@@ -140,6 +148,22 @@ def asides(connection: Connection) -> Asides:
         ).fetchone()
     assert found is not None
     return found
+
+
+def overdue(connection: Connection) -> Overdue:
+    """What nobody has fired."""
+    with translated(), connection.cursor(row_factory=kwargs_row(Overdue)) as cursor:
+        found = cursor.execute("select timers_s, schedules_s, schedules from durable.overdue()").fetchone()
+    assert found is not None
+    return found
+
+
+def undeclared_schedules(connection: Connection) -> list[tuple[str, str]]:
+    """Name and app of the schedules that no code declares any more."""
+    with translated():
+        return connection.execute(
+            "select name, app from durable.schedules() where app is not null and not is_in_code"
+        ).fetchall()
 
 
 def totals(connection: Connection) -> list[Total]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from durable_cluster import schema
+from durable_cluster import schedules, schema
 from durable_cluster.app import App
 from durable_cluster.errors import AppError, NotInstalled
 from durable_cluster.examples.orders import northwind
@@ -16,7 +16,7 @@ from durable_cluster.loading import load_app
 from durable_cluster.ops import install
 from durable_cluster.ops.running import registered
 from durable_cluster.ops.target import Database, Target
-from durable_cluster.ops.terminal import BadUsage, Terminal
+from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal
 from durable_cluster.settings import Settings
 from durable_cluster.shards.messages import ClusterConfig
 from durable_cluster.shards.process import resident_memory_mib
@@ -57,6 +57,7 @@ def start(
     settings = overridden(app.settings, overrides)
     with registered(target.data), target.opened(app=app, is_made=True) as database:
         layout = prepare(database, shards=shards, with_roles=with_roles, is_example=address == EXAMPLES)
+        declare(terminal, app, database)
         config = ClusterConfig(
             dsn=database.dsn,
             app=address,
@@ -116,6 +117,16 @@ def prepare(database: Database, *, shards: int | None, with_roles: bool, is_exam
                 " or name your own app with --app module:app"
             )
         return layout
+
+
+def declare(terminal: Terminal, app: App, database: Database) -> None:
+    """Make the schedules what the app's code says, and tell of those that it no longer names."""
+    with database.connect("start") as connection:
+        for name in schedules.declare(app, connection):
+            terminal.note(
+                f"schedule '{name}' is no longer in the code of app '{app.name}' and goes on firing;"
+                f" end it with '{PROGRAM} schedules delete {name}'"
+            )
 
 
 def _say_up(terminal: Terminal, supervisor: Supervisor, app: App, database: Database) -> None:

@@ -22,6 +22,7 @@ from durable_cluster import telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import CONNECTION_LOST, connect_worker
 from durable_cluster.errors import ConnectionFailed, DatabaseError, DurableError
+from durable_cluster.firing import Firing
 from durable_cluster.loading import load_app
 from durable_cluster.shards import maintenance, restarts
 from durable_cluster.shards.endings import EXIT_BROKEN, EXIT_CANNOT_BOOT, EXIT_FAILED
@@ -244,17 +245,24 @@ def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
 
     def run() -> None:
         current = connection
+        firing = Firing()
+        upkeep_at = 0.0
         while not orders.is_stopping:
             try:
                 if current.closed:
                     current = connect_worker(config.dsn, name="durable-cluster maintenance", settings=config.settings)
-                maintenance.run_once(current, config.settings)
+                firing.tend(current)
+                if time.monotonic() >= upkeep_at:
+                    maintenance.run_once(current, config.settings, between=firing.tend)
+                    upkeep_at = time.monotonic() + config.settings.maintenance_s * random.uniform(0.8, 1.2)
+                pause_s = min(firing.rest_s, max(0.0, upkeep_at - time.monotonic()))
             except (ConnectionFailed, *CONNECTION_LOST) as error:
                 logger.info("maintenance: %s; trying again", _first_line(error))
                 if current.broken:
                     current.close()
-            orders.say(Beat(0, False, 0))
-            orders.pause(config.settings.maintenance_s * random.uniform(0.8, 1.2))
+                pause_s = RECONNECT_S_MAX * random.uniform(0.2, 0.4)
+            orders.beat(Beat(0, False, 0), every_s=config.settings.heartbeat_s)
+            orders.pause(pause_s)
             orders.heard()
         current.close()
 

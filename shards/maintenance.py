@@ -35,9 +35,18 @@ def duties(settings: Settings) -> list[tuple[str, Callable[[Connection], bool], 
     ]
 
 
-def run_once(connection: Connection, settings: Settings | None = None) -> None:
-    """Do what is due. A lock that somebody holds is no error: the next round tries again."""
+def run_once(
+    connection: Connection,
+    settings: Settings | None = None,
+    *,
+    between: Callable[[Connection], object] = lambda connection: None,
+) -> None:
+    """Do what is due, and ``between`` two duties what cannot wait.
+
+    A lock that somebody holds is no error: the next round tries again.
+    """
     for name, is_due, act in duties(settings or Settings()):
+        between(connection)
         try:
             if is_due(connection):
                 logger.info("%s: %s", name, act(connection))

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits", "005_coordination")
+MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits", "005_coordination", "006_schedules")
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (
     *("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover"),
-    *("timers", "detached", "dead_letters", "signals", "pause", "limits", "cancel", "joins"),
+    *(
+        "timers",
+        "detached",
+        "dead_letters",
+        "signals",
+        "pause",
+        "limits",
+        "cancel",
+        "joins",
+        "schedules",
+        "schedule_runs",
+    ),
     *("maintain", "retention", "views", "grants"),
 )
 

@@ -54,6 +54,9 @@ def total(ctx: Context, of: Sum) -> Continuation:
     return ctx.done({"total": sum(of.numbers)})
 
 
+app.schedule("new-year", "0 0 1 1 *", add, Sum(numbers=[1]), zone="Europe/Berlin")
+
+
 @hold.step(start=True)
 def wait_for_file(ctx: Context, name: str) -> Continuation:
     Path(name).with_suffix(".reached").touch()
@@ -187,6 +190,12 @@ def test_start_says_what_is_up_and_no_password(up_and_cluster: tuple[Any, Cluste
     assert up["memory_mib"] > 10
     assert (up["shards"], up["app"], up["workflows"]) == (SHARDS, "flows:app", ["add", "hold", "ask"])
     assert "hunter2" not in str(up)
+
+
+def test_start_makes_the_schedules_that_the_code_declares(up_and_cluster: tuple[Any, Cluster]) -> None:
+    with psycopg.connect(up_and_cluster[1].dsn) as connection:
+        made = connection.execute("select name, workflow, app, is_in_code from durable.schedules()").fetchall()
+    assert made == [("new-year", "add", "sums", True)]
 
 
 def test_run_prints_the_whole_id_and_with_wait_the_result(cluster: Cluster) -> None:

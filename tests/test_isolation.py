@@ -23,6 +23,9 @@ REFUSED: dict[str, Callable[[psycopg.Connection], object]] = {
     "tick of an idle shard": lambda tx: tx.execute("select durable.tick_idle(0)"),
     "tick": lambda tx: tx.execute("select pgque.ticker('durable_0', 2, now(), 0)"),
     "next batch": lambda tx: tx.execute("select pgque.next_batch('durable_0', 'durable_0', 'm')"),
+    "fire of a schedule": lambda tx: tx.execute("select durable.fire_schedule('x', 1, now(), '{}', now())"),
+    "start of what is queued": lambda tx: tx.execute("select durable.start_queued()"),
+    "maintenance by hand": lambda tx: tx.execute("select durable.maintain()"),
     "rotation": lambda tx: tx.execute("select pgque.maint_rotate_tables_step1('durable_0')"),
 }  # fmt: skip
 

@@ -155,6 +155,10 @@ def test_one_module_imports_opentelemetry() -> None:
     assert {module for module in SOURCES if "opentelemetry" in outside_imports(module)} == {f"{PACKAGE}.telemetry"}
 
 
+def test_one_module_works_out_due_times() -> None:
+    assert {module for module in SOURCES if "cronsim" in outside_imports(module)} == {f"{PACKAGE}.cron"}
+
+
 def test_one_module_maps_sqlstates_to_errors() -> None:
     sqlstate = re.compile(r"^(DC\d{3}|3F000|42P01|42883)$")
     holders = {

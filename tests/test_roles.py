@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege
 
-from durable_cluster import App, Context, Continuation, schema
+from durable_cluster import App, Context, Continuation, schedules, schema
 from durable_cluster.consumer import Consumer
+from durable_cluster.firing import Firing
 
 
 @pytest.fixture
@@ -49,6 +51,10 @@ def test_a_client_starts_and_reads_by_id_and_nothing_else(app: App, dsn: str) ->
             "select * from durable.secret",
             "select * from durable.mailbox",
             "select durable.deliver('', '', '', '', '')",
+            "select * from durable.schedules()",
+            "select durable.trigger_schedule('nightly')",
+            "select durable.delete_schedule('nightly')",
+            "select durable.maintain()",
         ):
             with pytest.raises(InsufficientPrivilege):
                 client.execute(denied)
@@ -83,6 +89,50 @@ def test_a_viewer_sees_truncated_ids_and_no_payload(app: App, dsn: str) -> None:
         assert "secret" not in str(rows)
         with pytest.raises(InsufficientPrivilege):
             viewer.execute("select * from durable.state_of(%s)", (handle.id,))
+
+
+def test_an_operator_makes_and_runs_schedules_and_a_viewer_sees_them_and_neither_their_input(
+    app: App, dsn: str
+) -> None:
+    with acting_as(dsn, "durable_operator") as operator:
+        app.schedules.create("nightly", "0 3 * * *", "echo", "secret", tx=operator)
+        assert app.schedules.trigger("nightly", tx=operator).outcome == "started"
+        app.schedules.change("nightly", cron="0 4 * * *", tx=operator)
+        app.schedules.pause("nightly", tx=operator)
+        app.schedules.resume("nightly", tx=operator)
+        begin, end = datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 3, 2, tzinfo=UTC)
+        assert app.schedules.backfill("nightly", begin, end, tx=operator) == 1
+        for denied in (
+            "select durable.schedule_input('nightly')",
+            "select * from durable.schedule",
+            "select durable.fire_schedule('nightly', 1, now(), '{}', now())",
+            "select durable.maintain(30)",
+        ):
+            with pytest.raises(InsufficientPrivilege):
+                operator.execute(denied)
+    with acting_as(dsn, "durable_viewer") as viewer:
+        rows = viewer.execute("select * from durable.schedules()").fetchall()
+        assert "nightly" in str(rows)
+        assert "secret" not in str(rows)
+        for denied in ("select durable.pause_schedule('nightly')", "select durable.schedule_input('nightly')"):
+            with pytest.raises(InsufficientPrivilege):
+                viewer.execute(denied)
+    with acting_as(dsn, "durable_operator") as operator:
+        app.schedules.delete("nightly", tx=operator)
+    app.close()
+
+
+def test_a_worker_declares_fires_and_maintains(app: App, dsn: str, conn: psycopg.Connection) -> None:
+    app.schedule("nightly", "0 3 * * *", "echo", "hi", catch_up=3, overlap="allow")
+    with acting_as(dsn, "durable_worker") as worker:
+        assert schedules.declare(app, worker) == []
+        conn.execute(
+            "update durable.schedule set next_due = next_due - interval '5 days', since = since - interval '9 days'"
+        )
+        assert worker.execute("select schedules_due from durable.maintain()").fetchone() == (1,)
+        assert Firing().tend(worker, is_asked=True)
+    assert app.schedules.get("nightly").fired == 3
+    app.close()
 
 
 def test_an_installer_that_may_not_create_roles_installs_without_them(

@@ -1,7 +1,7 @@
 -- Default deny, then four roles; the owner is whoever installed.
 --   durable_client    starts workflows and reads the outcome of those whose ids it holds
 --   durable_worker    runs a cluster's processes: everything but the layout
---   durable_operator  sees where workflows stand and sets the windows of dead processes free; no payloads
+--   durable_operator  sees where workflows stand, sets the windows of dead processes free, makes and changes schedules; reads no payloads
 --   durable_viewer    sees lists and totals, ids truncated
 -- With durable.no_roles = 'on' (an installer that may not create roles) only the denial is done.
 revoke all on schema durable from public;
@@ -47,5 +47,12 @@ begin
     grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int), durable.cancel(uuid, text, text, boolean),
         durable.group_of(uuid), durable.pause(text, text, text), durable.resume(text, text),
         durable.set_limit(text, int, int, interval), durable.reset_limit(text) to durable_operator;
+
+    grant execute on function durable.schedules(text), durable.overdue() to durable_viewer, durable_operator;
+    -- All of a schedule but its input, which is a payload: durable.schedule_input is not among them.
+    grant execute on function durable.now(), durable.put_schedule(text, text, text, timestamptz, text, int, text, text, text, text, int, float8, text),
+        durable.change_schedule(text, text, text, timestamptz, text, int, text, text, text, text, int, float8),
+        durable.pause_schedule(text, text), durable.resume_schedule(text), durable.delete_schedule(text),
+        durable.trigger_schedule(text, text), durable.backfill_schedule(text, int, timestamptz[]) to durable_operator;
 end
 $$;

@@ -153,3 +153,70 @@ begin
     return v_gone;
 end
 $$;
+
+-- durable.overdue(): how late the oldest timer is and the oldest due time of a schedule, in seconds (null: none is late), and how many
+-- schedules are due. Reads only.
+create or replace function durable.overdue(out timers_s float8, out schedules_s float8, out schedules int)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select
+        (select extract(epoch from durable.timer_now() - t.due)::float8 from durable.timer_control c, durable.timer t
+         where (t.due, t.id) > (c.reached_due, c.reached_id) and t.due <= durable.timer_now() order by t.due, t.id limit 1),
+        extract(epoch from durable.now() - min(s.next_due))::float8, count(*)::int
+    from durable.schedule s where s.paused_at is null and s.next_due > s.since and s.next_due <= durable.now()
+$$;
+
+-- durable.maintain(retention_days): what can be done without a cluster, for pg_cron or any other scheduler; as often as timers may be
+-- late. Beside a cluster it does no harm: what is being done already is left alone. Nothing to do: nothing is written.
+--   i_retention_days  let history go that is older than so many days, a day a call; null, the default: none
+-- Result: timers fired (at most 20,000 a call); runs of schedules that waited and were started; logs rotated; timers_carried by a
+-- rotation of the timers; partitions made; names and cancels of what is gone forgotten; days dropped; whether work waits for a
+-- cluster; schedules whose due time has come, which only a cluster can fire. Errors: DC004, DC002.
+-- Hazards: the second half of a rotation demands a transaction without an id, so it comes first. A rotation ticks idle logs, and
+-- nothing may be appended after a tick's snapshot; so a call that fires does not rotate.
+create or replace function durable.maintain(i_retention_days int default null, out timers int, out queued_runs int, out rotated int,
+    out timers_carried int, out partitions int, out forgotten int, out days_dropped int, out has_work boolean, out schedules_due int)
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    perform durable.demand_read_committed();
+    rotated := case when pg_current_xact_id_if_assigned() is null then durable.finish_rotation() else 0 end;
+    timers := durable.sweep(20000);
+    queued_runs := durable.start_queued();
+    timers_carried := 0;
+    if timers = 0 and queued_runs = 0 then
+        rotated := rotated + case when durable.needs_upkeep() then durable.keep_up() else 0 end;
+        timers_carried := case when durable.needs_timer_rotation() then greatest(durable.rotate_timers(), 0) else 0 end;
+    end if;
+    forgotten := case when exists (select from durable.dead_members()) then durable.sweep_members() else 0 end
+        + case when durable.has_ended_cancels() then durable.sweep_cancels() else 0 end;
+    select l.partitions, l.days_dropped into maintain.partitions, maintain.days_dropped from durable.maintain_days(i_retention_days) l;
+    schedules_due := (select o.schedules from durable.overdue() o);
+    has_work := exists (select from durable.detached)
+        or exists (select from durable.shard s where not s.is_paused
+                   and (durable.has_events(s.queue_id) or exists (select from durable.win w where w.shard = s.shard)));
+end
+$$;
+
+-- durable.maintain_days(retention_days): partitions ahead, and the oldest day that is expired. Who waits for a table's strongest lock lets
+-- nobody else pass, so it waits half a second, and leaves it to the next call.
+create or replace function durable.maintain_days(i_retention_days int, out partitions int, out days_dropped int)
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp set lock_timeout = '500ms'
+as $$
+begin
+    partitions := 0;
+    days_dropped := 0;
+    if durable.needs_partitions() and durable.try_maintenance('partitions') then
+        partitions := durable.add_partitions();
+    end if;
+    if i_retention_days is not null and durable.needs_expiry(i_retention_days) then
+        days_dropped := durable.expire(i_retention_days);
+    end if;
+exception when lock_not_available or deadlock_detected then
+    partitions := 0;
+    days_dropped := 0;
+end
+$$;
