@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
-from durable_cluster import handoff
 from explorer.races import RACES
 from explorer.scene import Broken, Lab
 from explorer.scheduler import following
 from explorer.search import explore
+
+from durable_cluster import handoff
 
 SEED = int(os.environ.get("DURABLE_TEST_SEED", "0")) or random.randrange(10**6)
 SCHEDULES = int(os.environ.get("DURABLE_EXPLORE_SCHEDULES", "50"))

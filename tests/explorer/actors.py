@@ -13,9 +13,10 @@ from enum import Enum
 from typing import Any
 
 import greenlet
+from psycopg.waiting import Ready, Wait
+
 from durable_cluster.database import StepCursor, WorkerConnection, connect
 from durable_cluster.handoff import NOBODYS_FAULT
-from psycopg.waiting import Ready, Wait
 
 PATIENCE_MS = 2
 TRIES_MAX = 10
@@ -154,7 +155,8 @@ class Actor:
         """Conflicts are nobody's fault: the product tries again, and so does an actor."""
         for tries_left in reversed(range(TRIES_MAX)):
             try:
-                return self._act(self._connection)
+                self._act(self._connection)
+                return
             except NOBODYS_FAULT:
                 if not tries_left:
                     raise

@@ -64,6 +64,10 @@ def _add_machine(app: App, name: str, *, is_transactional: bool) -> None:
 
     @machine.step(blocking=True)
     def work(ctx: Context, state: State) -> Continuation:
+        return ctx.goto(worked, state)
+
+    @machine.step()
+    def worked(ctx: Context, state: State) -> Continuation:
         return ctx.done("worked")
 
     @machine.step(on_cancel=True, transactional=True)

@@ -61,7 +61,7 @@ def signal_while_the_wait_begins(scene: Scene) -> None:
 @race("timers")
 def signal_against_the_timeout(scene: Scene) -> None:
     flow = scene.standing("wait", timeout=True)
-    flow.ends_as(RESUMED, "late")
+    flow.ends_as(RESUMED, "late", takes_time=True)
     scene.signal(flow, 1)
     scene.page(is_mortal=True)
     scene.sweep(after_s=TIMEOUT_S + 1)
@@ -70,7 +70,7 @@ def signal_against_the_timeout(scene: Scene) -> None:
 @race()
 def signal_against_two_sweeps_of_the_timeout(scene: Scene) -> None:
     flow = scene.standing("wait", timeout=True)
-    flow.ends_as(RESUMED, "late")
+    flow.ends_as(RESUMED, "late", takes_time=True)
     scene.signal(flow, 1)
     scene.page()
     scene.sweep(after_s=TIMEOUT_S + 1)
@@ -197,15 +197,25 @@ def redelivery_of_the_step_that_waits_and_a_signal(scene: Scene) -> None:
 @race("timers")
 def redelivery_of_the_step_that_sleeps(scene: Scene) -> None:
     flow = scene.start("nap", is_paid=True)
-    flow.ends_as("slept")
+    flow.ends_as("slept", takes_time=True)
     scene.page(is_mortal=True)
     scene.consumer(takes_over=True)
 
 
 @race()
+def redelivery_of_one_page_of_a_window(scene: Scene) -> None:
+    for flow in (scene.start("wait"), scene.start("wait", is_paid=True), scene.start("wait")):
+        flow.ends_as(RESUMED)
+    scene.page(is_mortal=True, lines_max=1)
+    scene.consumer(takes_over=True, lines_max=1)
+    for flow in scene.flows:
+        scene.signal(flow, 1)
+
+
+@race()
 def redelivery_of_a_signal_against_the_timeout(scene: Scene) -> None:
     flow = scene.standing("wait", timeout=True)
-    flow.ends_as(RESUMED, "late")
+    flow.ends_as(RESUMED, "late", takes_time=True)
     scene.signal(flow, 1)
     scene.page(is_mortal=True)
     scene.sweep(after_s=TIMEOUT_S + 1)
@@ -240,8 +250,8 @@ def three_starts_with_one_key(scene: Scene) -> None:
 
 @race("timers")
 def late_commit_of_a_timer_against_two_sweeps(scene: Scene) -> None:
-    flow, other = scene.start("nap"), scene.standing("sleep")
-    flow.ends_as("slept")
+    other, flow = scene.standing("nap"), scene.start("nap")
+    flow.ends_as("slept", takes_time=True)
     other.ends_as("slept")
     scene.page()
     scene.sweep(after_s=SHORT_S + 1)

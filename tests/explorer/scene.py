@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg
+
 from durable_cluster import Handle, side_statements, statements
 from durable_cluster.database import connect
 from durable_cluster.errors import UnknownWorkflow
 from durable_cluster.shards import upkeep
-
 from explorer import flows
 from explorer.actors import Actor, ActorConnection, connect_actor
 from explorer.audit import FUNCTION, Finding, audit
 from explorer.scheduler import Choose, Schedule, run
-from explorer.worker import AT_ONCE, SHARD, Worker
+from explorer.worker import AT_ONCE, LINES_MAX, SHARD, Worker
 
 LETTERS = "abcdefgh"
 UPKEEP_EVERY = 100
@@ -73,7 +73,7 @@ class Lab:
             scene.demand_no_errors()
             scene.demand_invariants()
             self.settle()
-            if not scene.has_ended():
+            if scene.takes_time():
                 self.advance(2 * flows.TIMEOUT_S)
                 self.settle()
             scene.demand_outcomes()
@@ -120,7 +120,9 @@ class Lab:
     def _keep_up(self) -> None:
         upkeep.rotate_timers(self.control)
         upkeep.keep_up(self.control)
-        self.control.execute("vacuum durable.win, durable.timer_control, durable.wait, durable.mailbox, durable.detached")
+        self.control.execute(
+            "vacuum durable.win, durable.timer_control, durable.wait, durable.mailbox, durable.detached"
+        )
 
 
 class Flow:
@@ -129,15 +131,17 @@ class Flow:
     def __init__(self, find: Callable[[], Handle], *, is_paid: bool = False) -> None:
         self.is_paid = is_paid
         self.outcomes: tuple[str, ...] = ()
+        self.takes_time = False
         self._find = find
 
     @property
     def handle(self) -> Handle:
         return self._find()
 
-    def ends_as(self, *outcomes: str) -> None:
-        """One of these must be its outcome."""
+    def ends_as(self, *outcomes: str, takes_time: bool = False) -> None:
+        """One of these must be its outcome, without ``takes_time`` as soon as all there is to do is done."""
         self.outcomes = outcomes
+        self.takes_time = takes_time
 
 
 class Scene:
@@ -195,25 +199,23 @@ class Scene:
         """One more actor. ``is_mortal``: it may die before any of its statements."""
         number = len(self.actors)
         connection = self.lab.worker(number).connection
-        self.actors.append(
-            Actor(LETTERS[number], act, connection, is_mortal=is_mortal, is_blocked=self.lab.is_blocked)
-        )
+        self.actors.append(Actor(LETTERS[number], act, connection, is_mortal=is_mortal, is_blocked=self.lab.is_blocked))
 
     def next_worker(self) -> Worker:
         """The worker of the actor that is added next."""
         return self.lab.worker(len(self.actors))
 
-    def page(self, *, is_mortal: bool = False) -> None:
-        """An actor that runs the page of all that is in the log now; the window is claimed before the race."""
+    def page(self, *, is_mortal: bool = False, lines_max: int = LINES_MAX) -> None:
+        """An actor that runs what is in the log now, in pages of so many lines; the window is claimed before the race."""
         worker = self.next_worker()
-        text = worker.claim()
+        text = worker.claim(lines_max=lines_max)
         assert text is not None, "there is nothing in the log"
         self.actor(lambda _: worker.run(text), is_mortal=is_mortal)
 
-    def consumer(self, *, takes_over: bool = False, is_mortal: bool = False) -> None:
+    def consumer(self, *, takes_over: bool = False, lines_max: int = LINES_MAX) -> None:
         """An actor that claims what there is by then and runs it."""
         worker = self.next_worker()
-        self.actor(lambda _: worker.work(takes_over=takes_over) and None, is_mortal=is_mortal)
+        self.actor(lambda _: worker.work(takes_over=takes_over, lines_max=lines_max) and None)
 
     def sweep(self, *, after_s: float | None = None) -> None:
         """An actor that fires what is due; ``after_s``: it lets so much time pass first."""
@@ -229,7 +231,7 @@ class Scene:
 
         self.actor(act)
 
-    def client(self, act: Act, *, is_mortal: bool = False) -> None:
+    def client(self, act: Act) -> None:
         """An actor that does something in a transaction of its own, and is refused if the workflow has ended."""
 
         def in_transaction(connection: ActorConnection) -> None:
@@ -239,14 +241,18 @@ class Scene:
             except UnknownWorkflow:
                 pass
 
-        self.actor(in_transaction, is_mortal=is_mortal)
+        self.actor(in_transaction)
 
     def starter(self, key: str, *, is_mortal: bool = False) -> None:
         """An actor that starts a workflow which passes, with this key."""
-        state = {"do": "pass"}
-        self.client(
-            lambda tx: self.ids.add(self.lab.app.workflow("flow").start(state, key=key, tx=tx).id), is_mortal=is_mortal
-        )
+        machine = self.lab.app.workflow("flow")
+
+        def act(connection: ActorConnection) -> None:
+            with connection.transaction():
+                handle = machine.start({"do": "pass"}, key=key, tx=connection)
+            self.ids.add(handle.id)
+
+        self.actor(act, is_mortal=is_mortal)
 
     def completion(self, *, is_mortal: bool = False) -> Worker:
         """An actor that ends the detached steps which it has taken before the race; who that is."""
@@ -288,9 +294,9 @@ class Scene:
             broken = self._find(flow).broken(may_repeat=self.may_repeat)
             assert broken is None, broken
 
-    def has_ended(self) -> bool:
-        """Whether all its workflows have."""
-        return all(statements.outcome(self.lab.control, flow.handle.id) for flow in self.flows)
+    def takes_time(self) -> bool:
+        """Whether a workflow that may has not ended yet."""
+        return any(flow.takes_time and self._find(flow).outcome is None for flow in self.flows)
 
     def demand_outcomes(self) -> None:
         """Raises AssertionError."""

@@ -1,4 +1,4 @@
-"""A consumer without its clockwork: it claims, runs pages and takes detached steps when it is told to, by the product's own code."""
+"""A consumer without its clockwork: it claims, runs pages and takes detached steps when told to, by the product's own code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from durable_cluster.errors import BatchLost
 from durable_cluster.executor import Task
 from durable_cluster.handoff import Answer, Detached, Slot, Window
 from durable_cluster.page import PageRunner
-
 from explorer.actors import ActorConnection
 
 SHARD = 0
-LIMITS = {"lines_max": 1_000, "bytes_max": 1 << 20}
+LINES_MAX = 1_000
+BYTES_MAX = 1 << 20
 AT_ONCE = timedelta(0)
 SETTINGS = Settings(page_window_ms=10_000)
 
@@ -53,22 +53,23 @@ class Worker:
             statements.leave_shard(self.connection, SHARD, self._member)
             self._become()
 
-    def claim(self, *, takes_over: bool = False) -> str | None:
-        """The first page of a window. ``takes_over``: every other owner is taken for dead."""
+    def claim(self, *, takes_over: bool = False, lines_max: int = LINES_MAX) -> str | None:
+        """The first page of a window, and how long its pages are. ``takes_over``: every other owner is taken for dead."""
+        self._limits = {"lines_max": lines_max, "bytes_max": BYTES_MAX}
         return statements.claim(
             self.connection,
             SHARD,
             member=self._member,
             owner=self.owner,
             dead_interval=AT_ONCE if takes_over else None,
-            **LIMITS,
+            **self._limits,
         )
 
-    def work(self, *, takes_over: bool = False) -> bool:
+    def work(self, *, takes_over: bool = False, lines_max: int = LINES_MAX) -> bool:
         """Claim a window and run it to its end; whether there was one."""
         self.has_fallen = True  # until it comes back
         try:
-            text = self.claim(takes_over=takes_over)
+            text = self.claim(takes_over=takes_over, lines_max=lines_max)
             if text is not None:
                 self.run(text)
         except BatchLost:
@@ -84,7 +85,7 @@ class Worker:
                 page = decode_page(text)
                 if self._pages.run(Window(shard=SHARD, owner=self.owner), page).is_window_finished:
                     break
-                text = statements.page(self.connection, batch=page.header.batch, owner=self.owner, **LIMITS)
+                text = statements.page(self.connection, batch=page.header.batch, owner=self.owner, **self._limits)
         except BatchLost:
             return
         self.has_fallen = False
