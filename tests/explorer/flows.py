@@ -37,6 +37,8 @@ def _add_machine(app: App, name: str, *, is_transactional: bool) -> None:
                 return ctx.sleep(SHORT_S, then=slept, state=state)
             case "work":
                 return ctx.goto(work, state)
+            case "go":
+                return ctx.goto(worked, state)
             case do:
                 return ctx.done(do)
 

@@ -204,12 +204,10 @@ def redelivery_of_the_step_that_sleeps(scene: Scene) -> None:
 
 @race()
 def redelivery_of_one_page_of_a_window(scene: Scene) -> None:
-    for flow in (scene.start("wait"), scene.start("wait", is_paid=True), scene.start("wait")):
-        flow.ends_as(RESUMED)
+    for flow in (scene.start("go", is_paid=True), scene.start("go", is_paid=True)):
+        flow.ends_as("worked")
     scene.page(is_mortal=True, lines_max=1)
     scene.consumer(takes_over=True, lines_max=1)
-    for flow in scene.flows:
-        scene.signal(flow, 1)
 
 
 @race()

@@ -274,11 +274,14 @@ class Scene:
         self.actor(act)
 
     def rotation(self, of: str) -> None:
-        """An actor that rotates the ``timers`` or the ``log`` once."""
-        if of == "timers":
-            self.client(lambda connection: upkeep.rotate_timers(connection) and None)
-        else:
-            self.actor(lambda connection: upkeep.keep_up(connection) and None)
+        """An actor that rotates the ``timers`` or the ``log`` twice: so often until a table in use is emptied."""
+        rotate = upkeep.rotate_timers if of == "timers" else upkeep.keep_up
+
+        def act(connection: ActorConnection) -> None:
+            for _ in range(2):
+                rotate(connection)
+
+        self.actor(act)
 
     # How it ends.
 
