@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
+from explorer import flows
 from explorer.races import RACES
 from explorer.scene import Broken, Lab
 from explorer.scheduler import following
@@ -28,7 +29,7 @@ def lab(
     dsn: str, conn: psycopg.Connection, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Lab]:
     monkeypatch.setattr(handoff, "CONFLICT_PAUSE_S_MAX", 0.0)
-    lab = Lab(dsn, conn, clock)
+    lab = Lab(dsn, conn, clock, flows.application(dsn))
     yield lab
     lab.close()
 

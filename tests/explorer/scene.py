@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from durable_cluster import Handle, side_statements, statements
+from durable_cluster import App, Handle, side_statements, statements
 from durable_cluster.database import connect
 from durable_cluster.errors import UnknownWorkflow
 from durable_cluster.shards import upkeep
@@ -37,9 +37,9 @@ class Broken(AssertionError):
 class Lab:
     """A database with one shard in use, sessions for actors, and the application that all of them run."""
 
-    def __init__(self, dsn: str, control: psycopg.Connection[Any], clock: Callable[[float], None]) -> None:
+    def __init__(self, dsn: str, control: psycopg.Connection[Any], clock: Callable[[float], None], app: App) -> None:
         self.control = control
-        self.app = flows.application(dsn)
+        self.app = app
         self.offset_s = 0.0
         self._dsn = dsn
         self._clock = clock

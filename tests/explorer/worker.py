@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from datetime import timedelta
+
+from psycopg.errors import ObjectInUse
 
 from durable_cluster import App, Settings, executor, side_statements, statements
 from durable_cluster.beside import Beside
@@ -46,12 +49,15 @@ class Worker:
         self.has_fallen = False
         statements.join_shard(self.connection, SHARD, self._member)
 
-    def renew(self) -> None:
-        """After a fall: free what is held, and come back as somebody else."""
-        if self.has_fallen:
+    def renew(self, *, is_seen: bool = True) -> None:
+        """After a fall: come back as somebody else. ``is_seen``: what was held is free at once, else when others miss its owner."""
+        if not self.has_fallen:
+            return
+        if is_seen:
             statements.abandon(self.connection, self.owner)
-            statements.leave_shard(self.connection, SHARD, self._member)
-            self._become()
+            with suppress(ObjectInUse):  # while it holds a window
+                statements.leave_shard(self.connection, SHARD, self._member)
+        self._become()
 
     def claim(self, *, takes_over: bool = False, lines_max: int = LINES_MAX) -> str | None:
         """The first page of a window, and how long its pages are. ``takes_over``: every other owner is taken for dead."""
