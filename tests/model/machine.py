@@ -16,7 +16,7 @@ from explorer.scene import Lab
 from explorer.scheduler import Schedule, run
 from explorer.worker import Worker
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from durable_cluster import Handle
 from durable_cluster.errors import UnknownWorkflow
@@ -27,10 +27,12 @@ from model.scripts import LONG_S, OPERATIONS
 
 WORKERS = 2
 SCRIPT_MAX = 4
+ALIVE = ("running", "stuck")
 STATEMENT_OF_DEATH_MAX = 12
 KEYS = st.sampled_from([None, "k1", "k2"])
-SCRIPTS = st.lists(st.sampled_from(OPERATIONS), min_size=0, max_size=SCRIPT_MAX)
+SCRIPTS = st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=SCRIPT_MAX)
 NUMBERS = st.integers(0, WORKERS - 1)
+
 
 _examples = itertools.count(1)
 
@@ -58,6 +60,10 @@ class Model(RuleBasedStateMachine):
         self._since = str(self._one("select pg_snapshot_xmax(pg_current_snapshot())"))
 
     # Clients.
+
+    @initialize(target=workflows, scripts=st.lists(SCRIPTS, min_size=1, max_size=3))
+    def begin(self, scripts: list[list[str]]) -> Any:
+        return multiple(*(self.start(script, None) for script in scripts))
 
     @rule(target=workflows, script=SCRIPTS, key=KEYS)
     def start(self, script: list[str], key: str | None) -> Any:
@@ -101,6 +107,16 @@ class Model(RuleBasedStateMachine):
         else:
             worker.work()
         self._come_back(number)
+
+    @rule(number=NUMBERS)
+    def work_on(self, number: int) -> None:
+        """Work until there is nothing in the log, and end what is detached."""
+        self.work(number)
+        while self._worker(number).work():
+            pass
+        self._come_back(number)
+        self.take(number)
+        self.complete(number)
 
     @rule(number=NUMBERS)
     def hold(self, number: int) -> None:
@@ -178,12 +194,14 @@ class Model(RuleBasedStateMachine):
         for number in range(WORKERS):
             self._worker(number).has_fallen = True
             self._worker(number).renew()
+        self.lab.settle()
         for _ in range(2 * SCRIPT_MAX + 2):
-            self.lab.settle()
+            if not (alive := [known for known in self._known.values() if known.handle.status() in ALIVE]):
+                break
             self.advance(LONG_S + 1)
-            self.lab.settle()
-            for known in self._known.values():
+            for known in alive:
                 self._help(known)
+            self.lab.settle()
         self.each_has_one_live_continuation()
         for known in self._known.values():
             self._demand_as_told(known)
