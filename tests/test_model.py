@@ -38,6 +38,8 @@ def lab(
 def test_workflows_do_what_their_scripts_say_whatever_happens(
     lab: Lab, record_property: Callable[[str, object], None]
 ) -> None:
+    print(f"seed {SEED}")
+
     @hypothesis.seed(SEED)
     class ModelHere(Model):
         pass
