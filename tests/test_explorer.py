@@ -20,7 +20,7 @@ from explorer.search import explore
 from durable_cluster import handoff
 
 SEED = int(os.environ.get("DURABLE_TEST_SEED", "0")) or random.randrange(10**6)
-SCHEDULES = int(os.environ.get("DURABLE_EXPLORE_SCHEDULES", "50"))
+SCHEDULES = int(os.environ.get("DURABLE_EXPLORE_SCHEDULES", "30"))
 WORD = os.environ.get("DURABLE_EXPLORE_WORD", "")
 
 

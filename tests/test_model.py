@@ -21,7 +21,7 @@ from model.scripts import application
 from durable_cluster import handoff
 
 SEED = int(os.environ.get("DURABLE_TEST_SEED", "0")) or random.randrange(10**6)
-EXAMPLES = int(os.environ.get("DURABLE_MODEL_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("DURABLE_MODEL_EXAMPLES", "20"))
 STEPS = 25
 
 
