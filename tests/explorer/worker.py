@@ -83,6 +83,11 @@ class Worker:
         self.has_fallen = False
         return text is not None
 
+    def rescue(self) -> str | None:
+        """The first page of a window of somebody else, who is taken for dead. For a worker that has one open: it must not claim."""
+        self._limits = {"lines_max": LINES_MAX, "bytes_max": BYTES_MAX}
+        return statements.rescue(self.connection, SHARD, owner=self.owner, dead_interval=AT_ONCE, **self._limits)
+
     def run(self, text: str) -> None:
         """Run a claimed window from this page on. A lost one is forgotten, and so is the incarnation."""
         self.has_fallen = True

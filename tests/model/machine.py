@@ -147,9 +147,14 @@ class Model(RuleBasedStateMachine):
     @rule(number=NUMBERS)
     def take_over(self, number: int) -> None:
         """Take all others for dead."""
-        self._held.pop(number, None)
         self._disorder()
-        self._worker(number).work(takes_over=True)
+        worker = self._worker(number)
+        if number not in self._held:
+            worker.work(takes_over=True)
+        elif (text := worker.rescue()) is not None:
+            worker.run(text)
+        if worker.has_fallen:
+            self._held.pop(number, None)
         self._come_back(number)
 
     @rule(number=NUMBERS)
