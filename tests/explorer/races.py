@@ -1,7 +1,7 @@
 """The races. Each is a function that sets a scene: what stands there, who acts, and what it may come to.
 
-To add one, write such a function under ``@race()``. ``rotations``: the race is also played with an actor that rotates these; at full
-size each race is, with either.
+To add one, write such a function under ``@race()``. ``rotations``: the race is also played with an actor that rotates these;
+at full size each race is, with either.
 """
 
 from __future__ import annotations
