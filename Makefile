@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+EXPLORED := test_no_order_of_its_statements_breaks_an_invariant
 TIMES ?= $(if $(CHAOS),20,1)
 
-.PHONY: demo test test-15 test-16 slow chaos survival bench bench-smoke mutants lint types loadtest clean
+.PHONY: demo test test-15 test-16 slow explore chaos survival bench bench-smoke mutants lint types loadtest clean
 
 demo: $(READY)
 	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos)
@@ -23,6 +24,13 @@ test-15: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow -s tests
+
+# Races through 20,000 schedules each, or all there are, and 1,000 examples of the model; hours on two cores. SEED=n repeats a run,
+# RACE=name plays one race, RACE=name WORD=abba one schedule of it; SCHEDULES=n and EXAMPLES=n say how much.
+explore: $(READY)
+	$(if $(SEED),DURABLE_TEST_SEED=$(SEED)) DURABLE_EXPLORE_SCHEDULES=$(or $(SCHEDULES),20000) DURABLE_EXPLORE_WORD=$(WORD) \
+		DURABLE_MODEL_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/pytest $(if $(RACE),-s "tests/test_explorer.py::$(EXPLORED)[$(RACE)]", \
+		-n 2 --dist worksteal tests/test_explorer.py tests/test_model.py)
 
 # 300 consumers killed and 100 stopped and woken, over 5,000 workflows of ten steps; says its seed (SEED=n repeats one).
 chaos: $(READY)

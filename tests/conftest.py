@@ -116,6 +116,16 @@ def eventually() -> Callable[..., None]:
     return wait
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was explored and by which seeds, where that was asked for (``make explore``)."""
+    if "DURABLE_EXPLORE_SCHEDULES" not in os.environ:
+        return
+    for report in terminalreporter.stats.get("passed", []):
+        for name, said in report.user_properties:
+            if name == "explored":
+                terminalreporter.write_line(str(said))
+
+
 class Cluster:
     """A supervisor in a thread of this process, with its children."""
 

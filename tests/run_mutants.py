@@ -27,6 +27,7 @@ ROOMS = ("shards", "sql", "ops", "examples", "loadtest")
 COPIED = ("cluster", *ROOMS, "tests", "pyproject.toml", "README.md", "docs")
 AT_ONCE = 2
 TIMEOUT_S = 300
+SCHEDULES = "100"  # of each race, so that chance spares no mutant
 ALL_FAILED, NOTHING_FAILED = 1, 0  # pytest's exit codes: some tests failed, all passed
 
 # Runs inside the copy; says whose code it imported, so that an editable install cannot stand in for it.
@@ -88,7 +89,8 @@ def copy_of_the_repository() -> Iterator[tuple[Path, dict[str, str]]]:
             (package / module.name).symlink_to(module)
         for room in ROOMS:
             (package / room).symlink_to(repo / room)
-        environment = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {"DURABLE_EXPLORE_SCHEDULES": SCHEDULES, **os.environ}
+        environment |= {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
         said = subprocess.run(
             [sys.executable, "-c", WHOSE], cwd=repo, env=environment, capture_output=True, text=True, check=False
         )
