@@ -152,7 +152,10 @@ def test_every_statement_of_the_page_does_what_the_page_shows(shop: App, conn: p
 def test_the_page_names_whatever_a_client_an_operator_or_a_viewer_may_call(conn: psycopg.Connection) -> None:
     offered = {name for (name,) in conn.execute(OFFERED)}
     assert len(offered) > 30
-    assert sorted(name for name in offered if f"durable.{name}(" not in SQL_PAGE and f"`durable.{name}`" not in SQL_PAGE) == []
+    assert (
+        sorted(name for name in offered if f"durable.{name}(" not in SQL_PAGE and f"`durable.{name}`" not in SQL_PAGE)
+        == []
+    )
 
 
 def test_the_page_explains_every_error_of_ours() -> None:
@@ -180,6 +183,9 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
         text = document.read_text("utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)\s]*)?\)", text):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
-        headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+        headings = {
+            re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+            for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        }
         for anchor in re.findall(r"\]\(#([^)\s]+)\)", text):
             assert anchor in headings, f"{document.name} links to #{anchor}"

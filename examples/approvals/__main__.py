@@ -8,6 +8,8 @@ import sys
 import threading
 from contextlib import suppress
 from decimal import Decimal
+from secrets import token_hex
+from typing import Any
 
 import psycopg
 
@@ -16,7 +18,8 @@ from durable_cluster.examples.approvals.flows import Approver, Purchase, app, ap
 from durable_cluster.examples.approvals.page import Page
 
 PORT = 8_026
-TRIAL = Purchase("2026-17", "Ada", "A second monitor", Decimal("349.00"), (Approver("Grace"), Approver("Edsger")))
+APPROVERS = (Approver("Grace", remind_after="1m", patience="3m"), Approver("Edsger"))
+ROUND_S = 1.0
 
 
 def main() -> int:
@@ -34,17 +37,29 @@ def main() -> int:
 
 def serve(port: int) -> int:
     """Run until Ctrl-C. What would be mailed is printed."""
+    trial = Purchase(f"trial-{token_hex(3)}", "Ada", "A second monitor", Decimal("349.00"), APPROVERS)
     with psycopg.connect(app.client.dsn, autocommit=True) as connection, Page(app.client.dsn, port) as page:
         prepare(connection)
         threading.Thread(target=page.serve_forever, daemon=True).start()
-        approval.start(TRIAL, key=TRIAL.ref)
-        app.run(timeout=2)
-        for approver, path in connection.execute("select approver, path from approvals.letter order by number"):
-            print(f"mail to {approver}: http://{page.address}{path}", flush=True)
+        approval.start(trial, key=trial.ref)
+        printed = 0
         with suppress(KeyboardInterrupt):
-            app.run()
+            while True:
+                app.run(timeout=ROUND_S)
+                printed = print_letters(connection, page, trial.ref, after=printed)
         page.shutdown()
     return 0
+
+
+def print_letters(connection: psycopg.Connection[Any], page: Page, ref: str, *, after: int) -> int:
+    """Those behind number ``after``; the number of the last."""
+    for number, approver, kind, path in connection.execute(
+        "select number, approver, kind, path from approvals.letter where ref = %s and number > %s order by number",
+        (ref, after),
+    ):
+        print(f"{kind} to {approver}: http://{page.address}{path}", flush=True)
+        after = number
+    return after
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ button { flex: 1; min-height: 3rem; font: inherit; font-weight: 600; color: #fff
 button:focus-visible, textarea:focus-visible { outline: 3px solid #4a90d9; outline-offset: 2px }
 .approved { background: var(--yes) } .rejected { background: var(--no) } .expired { background: var(--soft) }
 .verdict { margin: 0; padding: .85rem 1rem; color: #fff; border-radius: 8px } .verdict q { display: block; margin-top: .35rem }
+time { white-space: nowrap }
 p:last-child { margin-bottom: 0 }
 """
 
@@ -67,7 +68,7 @@ def page_of(shown: Shown) -> str:
 
 def verdict_of(shown: Shown) -> str:
     """What was decided, by whom, when."""
-    at = "" if shown.decided_at is None else f" on {shown.decided_at:%Y-%m-%d at %H:%M}"
+    at = "" if shown.decided_at is None else f" on <time>{shown.decided_at:%Y-%m-%d at %H:%M}</time>"
     by = "" if shown.decided_by is None else f" by {escape(shown.decided_by)}"
     note = f"<q>{escape(shown.note)}</q>" if shown.note else ""
     return f'<p class="verdict {escape(shown.status)}"><strong>{escape(shown.status.capitalize())}</strong>{by}{at}.{note}</p>'

@@ -120,7 +120,12 @@ def answer(connection: psycopg.Connection[Any], path: str, approver: str, decisi
     assert found is not None
     try:
         app.get(found[1]).signal(
-            decision, msgspec.to_builtins(Answer(note)), key=digest_of(path).hex(), token=found[2], actor=approver, tx=connection
+            decision,
+            msgspec.to_builtins(Answer(note)),
+            key=digest_of(path).hex(),
+            token=found[2],
+            actor=approver,
+            tx=connection,
         )
     except UnknownWorkflow:
         return  # another click, or the timeout, was quicker; the page says what came of it
