@@ -1,4 +1,4 @@
-"""``python -m durable_cluster.examples.agent``: an agent at work, and a person asked; ``--check`` kills it and compares the transcript."""
+"""``python -m durable_cluster.examples.agent``: an agent at work, and you are asked; ``--check`` kills it and compares."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The self-check: an agent whose process is killed in the middle of a turn and of an effect, one that never comes to an end, and one
-that is cancelled; then transcripts and effects are compared with what they must be."""
+"""The self-check: an agent that is killed in the middle of a turn and of an effect, one that never ends, one that is cancelled.
+
+Then transcripts and effects are compared with what they must be.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def check() -> int:
 def cluster(dsn: str) -> Iterator[None]:
     """A cluster in a process of its own, which replaces the processes that are killed."""
     words = [sys.executable, "-m", "durable_cluster.ops", "start", "--app", "durable_cluster.examples.agent.flows:app"]
-    with subprocess.Popen([*words, "--dsn", dsn, "--log-level", "ERROR"], stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*words, "--dsn", dsn, "--log-level", "error"], stdout=subprocess.DEVNULL) as process:
         try:
             yield
         finally:
@@ -68,10 +70,9 @@ class Stage:
         self._trial = trial
 
     def killed(self) -> list[Compared]:
-        in_a_turn = self._world.hold("turns")
+        in_a_turn, mail = self._world.hold("turns"), self._world.hold("effects")
         handle = self.ask("killed", BROKEN)
         os.kill(in_a_turn(WAIT_S), signal.SIGKILL)
-        mail = self._world.hold("effects")
         os.kill(mail(WAIT_S), signal.SIGKILL)
         approval = self.approval("killed")
         refund = self._world.hold("effects")
@@ -107,7 +108,7 @@ class Stage:
     def cancelled(self) -> list[Compared]:
         handle = self.ask("cancelled", BROKEN)
         effects = len(self._world.effects)
-        workflow, token = self.approval("cancelled")
+        workflow, _ = self.approval("cancelled")
         until(lambda: len(self._world.effects) == effects + 1, "the mail")
         handle.cancel("the customer called")
         until(lambda: handle.status() == "cancelled", "the cancel")

@@ -3,13 +3,13 @@
     agent:  begin → think → record ⟲ observe;  stop, when it is cancelled
     tool:   begin → look_up, or act, or ask → approved → act
 
-``think`` calls the model and may run twice, if its process dies: the model gets one key for all attempts and gives one answer. What the
-model said goes into the transcript in ``record``, in the transaction that also starts the tools: each once. The tools of a
-turn are children and run at the same time, wherever there is room; one with an effect passes its key on, one that needs a person waits.
+``think`` calls the model and may run twice, if its process dies: the model gets one key for all attempts and gives one answer. What
+it said goes into the transcript in ``record``, in the transaction that also starts the tools: each once. The tools of a turn are
+children and run at the same time, wherever there is room; one with an effect passes its key on, one that needs a person waits.
 
-The transcript is a table, not the state: a state is carried from step to step and is at most 256 KiB. Here it is a name and a number,
-however long the conversation gets. (One turn of the model is handed from ``think`` to ``record`` and must fit; what may be larger,
-such as a file, a tool stores elsewhere and gives the model a reference.)
+The transcript is a table, not the state: a state is carried from step to step and has at most 256 KiB. Here it is a name and a
+number, however long the conversation gets. One turn of the model is handed from ``think`` to ``record`` and must fit; what may be
+larger, such as a file, a tool stores elsewhere, and gives the model a reference.
 """
 
 from __future__ import annotations

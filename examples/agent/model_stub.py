@@ -1,4 +1,6 @@
-"""A model and a world to try the agent with: deterministic, slow at times, failing at times; a call can be held until its caller dies.
+"""A model and a world to try the agent with: deterministic, slow at times, failing at times.
+
+A call can be held until its caller dies.
 
 POST /turns/{key}     the next turn of a transcript, part by part; the same key gives the same turn
 PUT /effects/{key}    done once a key; the same key gives the same receipt

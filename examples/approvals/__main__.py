@@ -1,4 +1,4 @@
-"""``python -m durable_cluster.examples.approvals``: the workflows, the page and one purchase to try; ``--check`` plays through it."""
+"""``python -m durable_cluster.examples.approvals``: the workflows, the page, a purchase to try; ``--check`` plays through it."""
 
 from __future__ import annotations
 

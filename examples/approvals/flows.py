@@ -1,14 +1,14 @@
 """A purchase and its approval: who is asked, reminded, and passed over.
 
-    approval:  submit → route → ask ⟲ late → decided
+    approval:  submit → ask ⟲ late → decided
     reminder:  remind
 
 ``ask`` writes the link into the mail and begins the wait in one transaction: a link that was sent can be answered. The link carries
 the id and the token of this very wait, so it works once and for this approver alone. Nothing waits in a process: the wait, its
 timeout and the reminder are rows, for days if they must.
 
-Who does not answer in time is passed over: ``late`` closes the link and asks the next. A reminder is a child that begins later: it
-sends the same link again if it is still open, and else does nothing.
+Who does not answer in time is passed over: ``late`` closes the link and asks the next. A reminder is a workflow of its own that
+begins later: it sends the same link again if that is still open, and else does nothing.
 """
 
 from __future__ import annotations
@@ -83,19 +83,12 @@ def submit(ctx: Context, new: Purchase) -> Continuation:
         "insert into approvals.purchase (ref, asked_by, what, amount) values (%s, %s, %s, %s)",
         (new.ref, new.asked_by, new.what, new.amount),
     )
-    return ctx.goto(route, new)
-
-
-@approval.step()
-def route(ctx: Context, new: Purchase) -> Continuation:
-    """Set the alarm for the reminder, then ask."""
-    later = reminder.child(Reminder(new.ref, new.approver.name), after=new.approver.remind_after)
-    return ctx.spawn([later], then=ask, state=new)
+    return ctx.goto(ask, new)
 
 
 @approval.step(transactional=True)
 def ask(ctx: Context, new: Purchase) -> Continuation:
-    """The mail and the wait commit together. A last approver who does not answer lets it expire."""
+    """The mail, the alarm for its reminder and the wait commit together."""
     name, path = new.approver.name, path_of(ctx.workflow_id, ctx.token)
     ctx.tx.execute(
         "insert into approvals.link (digest, ref, approver) values (%s, %s, %s)", (digest_of(path), new.ref, name)
@@ -104,6 +97,7 @@ def ask(ctx: Context, new: Purchase) -> Continuation:
         "insert into approvals.letter (ref, approver, kind, path) values (%s, %s, 'question', %s)",
         (new.ref, name, path),
     )
+    reminder.start(Reminder(new.ref, name), key=f"{new.ref}/{name}", after=new.approver.remind_after, tx=ctx.tx)
     return ctx.wait_for(
         "approved",
         "rejected",
@@ -117,10 +111,10 @@ def ask(ctx: Context, new: Purchase) -> Continuation:
 
 @approval.step(transactional=True)
 def late(ctx: Context, new: Purchase) -> Continuation:
-    """The link of who did not answer is closed; from now on it is as good as a wrong one."""
+    """The link of who did not answer is closed: from now on it is as good as a wrong one. After the last approver it expires."""
     ctx.tx.execute("update approvals.link set is_open = false where ref = %s", (new.ref,))
     if new.asked + 1 < len(new.approvers):
-        return ctx.goto(route, msgspec.structs.replace(new, asked=new.asked + 1))
+        return ctx.goto(ask, msgspec.structs.replace(new, asked=new.asked + 1))
     return conclude(ctx, Decision(new.ref, "expired"))
 
 

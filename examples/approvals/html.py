@@ -9,25 +9,31 @@ from html import escape
 import msgspec
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6478; --line: #dde1ea; --ground: #f2f4f8; --card: #fff; --yes: #1a7f4b; --no: #b3372f }
+:root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6478; --line: #dde1ea; --ground: #f2f4f8; --card: #fff;
+  --yes: #1a7f4b; --no: #b3372f }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #eceff5; --soft: #a3acbf; --line: #39414f; --ground: #14181f; --card: #1f252f; --yes: #1f8f56; --no: #c44a41 } }
+  :root { --ink: #eceff5; --soft: #a3acbf; --line: #39414f; --ground: #14181f; --card: #1f252f; --yes: #1d8550; --no: #c44a41 } }
 * { box-sizing: border-box }
 body { margin: 0; padding: 6vh 1rem 2rem; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 34rem; margin: 0 auto; padding: 1.75rem; background: var(--card); border: 1px solid var(--line); border-radius: 12px }
+main { max-width: 34rem; margin: 0 auto; padding: 1.75rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 12px }
 h1 { margin: 0 0 1.25rem; font-size: 1.35rem; line-height: 1.3; overflow-wrap: anywhere }
 .kind { margin: 0 0 .25rem; color: var(--soft); font-size: .875rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.25rem; margin: 0 0 1.5rem }
-dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+dt { color: var(--soft) }
+dd { margin: 0; overflow-wrap: anywhere }
 .amount { font-weight: 600; font-variant-numeric: tabular-nums }
 label { display: block; margin-bottom: .35rem; color: var(--soft) }
-textarea { width: 100%; min-height: 4.5rem; padding: .6rem .75rem; font: inherit; color: inherit; background: var(--ground);
-  border: 1px solid var(--line); border-radius: 8px; resize: vertical }
+textarea { display: block; width: 100%; min-height: 4.5rem; padding: .6rem .75rem; font: inherit; color: inherit;
+  background: var(--ground); border: 1px solid var(--line); border-radius: 8px; resize: vertical }
 .buttons { display: flex; gap: .75rem; margin-top: 1.25rem }
 button { flex: 1; min-height: 3rem; font: inherit; font-weight: 600; color: #fff; border: 0; border-radius: 8px; cursor: pointer }
 button:focus-visible, textarea:focus-visible { outline: 3px solid #4a90d9; outline-offset: 2px }
-.approved { background: var(--yes) } .rejected { background: var(--no) } .expired { background: var(--soft) }
-.verdict { margin: 0; padding: .85rem 1rem; color: #fff; border-radius: 8px } .verdict q { display: block; margin-top: .35rem }
+.approved { background: var(--yes) }
+.rejected { background: var(--no) }
+.expired { background: var(--soft) }
+.verdict { margin: 0; padding: .85rem 1rem; color: #fff; border-radius: 8px }
+.verdict q { display: block; margin-top: .35rem; overflow-wrap: anywhere }
 time { white-space: nowrap }
 p:last-child { margin-bottom: 0 }
 """
@@ -77,12 +83,14 @@ def verdict_of(shown: Shown) -> str:
 def framed(title: str, body: str) -> str:
     """A whole page."""
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
 
 
 NOT_VALID = framed(
     "Not valid",
-    "<h1>This link is not valid</h1><p>It may be mistyped, or the question has gone to somebody else meanwhile. Nothing was changed.</p>",
+    "<h1>This link is not valid</h1>"
+    "<p>It may be mistyped, or the question has gone to somebody else meanwhile. Nothing was changed.</p>",
 )
