@@ -50,7 +50,8 @@ def check() -> int:
 def cluster(dsn: str) -> Iterator[None]:
     """A cluster in a process of its own, which replaces the processes that are killed."""
     words = [sys.executable, "-m", "durable_cluster.ops", "start", "--app", "durable_cluster.examples.agent.flows:app"]
-    with subprocess.Popen([*words, "--dsn", dsn, "--log-level", "error"], stdout=subprocess.DEVNULL) as process:
+    spare = ["--consumers-per-shard", "2", "--log-level", "error"]
+    with subprocess.Popen([*words, *spare, "--dsn", dsn], stdout=subprocess.DEVNULL) as process:
         try:
             yield
         finally:

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -103,7 +104,8 @@ class _Held:
     def wait_for_its_end(self, pid: int, connection: socket.socket) -> None:
         self._pid = pid
         self._is_here.set()
-        connection.recv(1)  # nothing, when the caller is gone
+        with suppress(ConnectionError):
+            connection.recv(1)  # nothing comes but the end
 
 
 class _Request(BaseHTTPRequestHandler):
