@@ -41,13 +41,15 @@ def converse() -> int:
         conversation = f"trial-{token_hex(3)}"
         handle = agent.start(Question(conversation, world.address, BROKEN), key=conversation)
         printed = 0
-        while handle.status() == "running":
+        is_over = False
+        while not is_over:
+            ask(connection, conversation)
             app.run(timeout=ROUND_S)
+            is_over = handle.status() != "running"
             said = transcript(connection, conversation)
             for message in said[printed:]:
                 print(f"{message.role:>6}: {msgspec.json.encode(message.content).decode()}")
             printed = len(said)
-            ask(connection, conversation)
         world.shutdown()
     return 0
 
