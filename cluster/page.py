@@ -14,10 +14,11 @@ from durable_cluster import executor, side_statements, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Parked, Task
-from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
+from durable_cluster.handoff import Answer, Handoff, Window
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.limits import Pump, without_permit
 from durable_cluster.settings import Settings
+from durable_cluster.side_results import Detached, Slot
 from durable_cluster.signals import Cancel, Delivery
 from durable_cluster.statements import Outcome
 
