@@ -155,12 +155,14 @@ class Machine:
         key: str | None = None,
         after: Duration | None = None,
         at: datetime | None = None,
+        priority: float = 1,
         tx: psycopg.Connection[Any] | None = None,
     ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
         Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
-        database's clock). With ``tx`` it joins that connection's transaction: both commit or neither. Raises InputError before
+        database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
+        done. With ``tx`` it joins that connection's transaction: both commit or neither. Raises InputError before
         anything is written.
         """
         begin = beginning(after=after, at=at)
@@ -168,7 +170,9 @@ class Machine:
         payload = self._payload(first, value)
         key = None if key is None else checked_key(key)
         client = self.app.client
-        workflow_id = client.start(self.name, self.version, first.name, payload, key=key, begin=begin, tx=tx)
+        workflow_id = client.start(
+            self.name, self.version, first.name, payload, key=key, begin=begin, tx=tx, priority=priority
+        )
         return Handle(client, self.name, workflow_id)
 
     def start_many(
@@ -178,11 +182,12 @@ class Machine:
         keys: Sequence[str] | None = None,
         after: Duration | None = None,
         at: datetime | None = None,
+        priority: float = 1,
         tx: psycopg.Connection[Any] | None = None,
     ) -> list[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
-        ``after``, ``at``: as for ``start``, the same for all.
+        ``after``, ``at``, ``priority``: as for ``start``, the same for all.
         """
         begin = beginning(after=after, at=at)
         if not values:
@@ -193,7 +198,9 @@ class Machine:
             raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
         keys = None if keys is None else [checked_key(key) for key in keys]
         client = self.app.client
-        ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, begin=begin, tx=tx)
+        ids = client.start_many(
+            self.name, self.version, first.name, payloads, keys=keys, begin=begin, tx=tx, priority=priority
+        )
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]
 
     def child(self, value: Any, *, after: Duration | None = None) -> Child:

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -111,10 +112,21 @@ class Client:
         key: str | None,
         begin: timedelta | datetime | None,
         tx: psycopg.Connection[Any] | None,
+        priority: float = 1,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
         where = tx if tx is not None else self.connection()
-        return statements.start(where, workflow, version=version, step=step, payload=payload, key=key, begin=begin)[0]
+        if priority == 1:
+            return statements.start(where, workflow, version=version, step=step, payload=payload, key=key, begin=begin)[
+                0
+            ]
+        with where.transaction():
+            workflow_id, is_new = statements.start(
+                where, workflow, version=version, step=step, payload=payload, key=key, begin=begin
+            )
+            if is_new:
+                side_statements.set_priority(where, [workflow_id], priority)
+            return workflow_id
 
     def start_many(
         self,
@@ -126,12 +138,16 @@ class Client:
         keys: Sequence[str] | None,
         begin: timedelta | datetime | None,
         tx: psycopg.Connection[Any] | None,
+        priority: float = 1,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
         where = tx if tx is not None else self.connection()
-        rows = statements.start_many(
-            where, workflow, version=version, step=step, payloads=payloads, keys=keys, begin=begin
-        )
+        with nullcontext() if priority == 1 else where.transaction():
+            rows = statements.start_many(
+                where, workflow, version=version, step=step, payloads=payloads, keys=keys, begin=begin
+            )
+            if priority != 1:
+                side_statements.set_priority(where, [workflow_id for workflow_id, is_new in rows if is_new], priority)
         return [workflow_id for workflow_id, _ in rows]
 
     def by_key(self, workflow: str, key: str) -> Handle:
@@ -252,6 +268,10 @@ class Handle:
         """
         where = tx if tx is not None else self._client.connection()
         return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
+
+    def set_priority(self, priority: float) -> bool:
+        """A weight from 0.1 to 10 (1 is usual) from its next step on. Whether the workflow lives. Raises InputError."""
+        return side_statements.set_priority(self._client.connection(), [self.id], priority) > 0
 
     def pause(self, *, actor: str | None = None) -> bool:
         """From its next step on the workflow stands still, until ``resume``. Whether that is new.

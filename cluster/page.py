@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ class PageRunner:
         self._crashes = 0
         self._cancelled: Mapping[str, str] = {}
         self._has_permits = False
+        self._weights: Mapping[str, float] = {}
+        self._heaviest = 0.0
         self._paused: frozenset[str] = frozenset()
         self._children: Mapping[str, list[ChildResult]] = {}
 
@@ -62,6 +65,7 @@ class PageRunner:
         self._cancelled, self._paused = page.header.cancelled, page.header.paused
         self._children = self._read_children(page)
         self._has_permits = False
+        self._weights, self._heaviest = page.header.weights, _heaviest(page)
         if page.header.suspects:
             return self._run_suspects(window, page)
         slots, runs = self._phase_1(page.lines, window.shard)
@@ -135,7 +139,7 @@ class PageRunner:
         if envelope is None:
             logger.error("a line of the log is no step event; it is passed over")
             return None
-        if self._cancelled or self._paused:
+        if self._cancelled or self._paused or self._heaviest:
             envelope, instead = self._diverted(envelope)
             if instead is not None:
                 return instead
@@ -159,6 +163,10 @@ class PageRunner:
         if self._paused and executor.is_paused(envelope, self._paused):
             self._has_permits |= envelope.permit > 0
             return envelope, Parked(without_permit(envelope))
+        if self._heaviest and not envelope.cancelled and envelope.workflow in self._machines:
+            share = self._weights.get(envelope.workflow_id, 1.0) / self._heaviest
+            if share < 1 and random.random() > share:
+                return envelope, envelope  # to the end of the log: its turn comes another time
         return envelope, None
 
     def _prepared(self, task: Task) -> Slot:
@@ -217,3 +225,12 @@ class PageRunner:
         """A detached step has ended: if it was quick after all, the next of its kind is waited for again."""
         if run.took_s < self._window_s:
             self._slow_steps.discard(self._kind(run))
+
+
+def _heaviest(page: Page) -> float:
+    """The weight that the others of this page have a share of; 0 while all are equal."""
+    weights = page.header.weights
+    if not weights and page.header.heaviest <= 1:
+        return 0.0
+    of_lines = (weights.get(envelope.workflow_id, 1.0) for envelope in page.lines if envelope is not None)
+    return max(page.header.heaviest, *of_lines, 0.0)

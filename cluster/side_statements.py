@@ -84,6 +84,17 @@ def reset_limit(connection: Connection, name: str) -> bool:
     return bool(row and row[0])
 
 
+def set_priority(tx: Connection, workflow_ids: Sequence[str], weight: float) -> int:
+    """The weight of these workflows from their next steps on, in the transaction of ``tx``; how many live. Raises InputError."""
+    with translated():
+        row = (
+            plain_cursor(tx)
+            .execute("select durable.set_priority(%s, %s)", ("\n".join(workflow_ids), weight))
+            .fetchone()
+        )
+    return int(row[0]) if row else 0
+
+
 def pause(connection: Connection, scope: str, name: str, *, actor: str | None) -> bool:
     """Let no step of a 'workflow', a 'type' or a 'shard' begin; whether that is new. Raises UnknownWorkflow, InputError."""
     with translated():

@@ -79,6 +79,10 @@ def parser() -> Parser:
     )
     _add_pause(command("resume", "let go on what was paused"))
 
+    priority = command("priority", "give a workflow a larger or smaller share of the turns")
+    priority.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    priority.add_argument("weight", type=float, metavar="WEIGHT", help="0.1 to 10; 1 is usual")
+
     command("status", "show the cluster, shard by shard")
 
     list_ = command("list", "list workflows, newest first")

@@ -23,6 +23,7 @@ from durable_cluster.ops import (
     install,
     limits,
     pause,
+    priority,
     psql,
     run,
     running,
@@ -220,6 +221,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "pause": pause.pause,
     "resume": pause.resume,
+    "priority": lambda terminal, target, options: priority.priority(
+        terminal, target, prefix=options.id, weight=options.weight
+    ),
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),

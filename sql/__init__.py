@@ -8,18 +8,8 @@ MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits", "005_coo
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (
     *("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover"),
-    *(
-        "timers",
-        "detached",
-        "dead_letters",
-        "signals",
-        "pause",
-        "limits",
-        "cancel",
-        "joins",
-        "schedules",
-        "schedule_runs",
-    ),
+    *("timers", "detached", "dead_letters", "signals", "pause", "priority", "limits", "cancel", "joins"),
+    *("schedules", "schedule_runs"),
     *("maintain", "retention", "views", "grants"),
 )
 

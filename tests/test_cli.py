@@ -408,6 +408,8 @@ def test_a_signal_from_the_command_line_resumes_and_a_cancel_ends(cluster: Clust
     assert re.search(r"stripe +3 +5/60.0 s +set +0 +0 +0", cluster.ask("limits", "list").out)
     assert "counts again as the code declares it" in cluster.ask("limits", "reset", "stripe").out
     assert "give --concurrency N or --rate" in cluster.ask("limits", "set", "stripe").err
+    assert "has priority 4 from its next step on" in cluster.ask("priority", doomed[:12], "4").out
+    assert "a weight from 0.1 to 10" in cluster.ask("priority", doomed[:12], "99").err
     assert "was not paused" in cluster.ask("resume", "--workflow", "ask").out
     assert "name one thing" in cluster.ask("pause", doomed[:12], "--shard", "1").err
 

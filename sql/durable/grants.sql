@@ -31,7 +31,7 @@ begin
     grant execute on function durable.start(text, int, text, text, text, interval),
         durable.start_many(text, int, text, text, text, interval), durable.now(), durable.find(text, text), durable.state_of(uuid), durable.outcome(uuid),
         durable.signal(uuid, text, text, text, text, text), durable.cancel(uuid, text, text, boolean),
-        durable.children_of(text, int, int), durable.group_of(uuid) to durable_client;
+        durable.children_of(text, int, int), durable.group_of(uuid), durable.set_priority(text, float8) to durable_client;
 
     grant execute on all functions in schema durable to durable_worker;
     revoke execute on function durable.lay_out(int) from durable_worker;
@@ -46,7 +46,7 @@ begin
         durable.purge_dead_letter(uuid), durable.purge_dead_letters(text, text, text, int, timestamptz) to durable_operator;
     grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int), durable.cancel(uuid, text, text, boolean),
         durable.group_of(uuid), durable.pause(text, text, text), durable.resume(text, text),
-        durable.set_limit(text, int, int, interval), durable.reset_limit(text) to durable_operator;
+        durable.set_priority(text, float8), durable.set_limit(text, int, int, interval), durable.reset_limit(text) to durable_operator;
 
     grant execute on function durable.schedules(text), durable.overdue() to durable_viewer, durable_operator;
     -- All of a schedule but its input, which is a payload: durable.schedule_input is not among them.

@@ -39,6 +39,7 @@ as $$
     delete from durable.signal_key k where k.id = any (i_ids);
     delete from durable.used_token u where u.id = any (i_ids);
     delete from durable.fanout f where f.id = any (i_ids);
+    delete from durable.priority p where p.id = any (i_ids);
 $$;
 
 -- durable.remembered(day): the workflows of that day which signals and joins have left something of.
@@ -47,7 +48,8 @@ language sql stable
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select q.id from (select m.id from durable.mailbox m union select k.id from durable.signal_key k
-                      union select u.id from durable.used_token u union select f.id from durable.fanout f) q
+                      union select u.id from durable.used_token u union select f.id from durable.fanout f
+                      union select p.id from durable.priority p) q
     where durable.day_of(q.id) = i_day
 $$;
 
