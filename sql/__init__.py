@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits", "005_joins")
+MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits", "005_joins", "007_search")
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (
-    *("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover"),
-    *("timers", "detached", "dead_letters", "signals", "cancel", "joins"),
-    *("maintain", "retention", "views", "grants"),
+    *("clock", "shards", "audit", "lifecycle", "pages", "claim", "commit", "takeover"),
+    *("timers", "detached", "dead_letters", "signals", "cancel", "joins", "attributes", "progress"),
+    *("maintain", "retention", "views", "search", "grants"),
 )
 
 

@@ -79,6 +79,12 @@ begin
         array_agg(l.delay_ms) filter (where l.delay_ms > 0)
     into v_at_once_ids, v_at_once_lines, v_later_ids, v_later_lines, v_later_ms
     from lines l;
+    if (select c.audit from durable.cluster c) then
+        perform durable.record('spawn', array_agg(s.id), null,
+            array_agg(jsonb_build_object('workflow', s.workflow, 'parent', durable.short(s.parent))))
+        from durable.started s
+        where (s.id, s.day) in (select i, durable.day_of(i) from unnest(v_at_once_ids || v_later_ids) i);
+    end if;
     perform durable.append_lines(v_at_once_ids, v_at_once_lines);
     if v_later_ids is not null then
         perform durable.set_timers(v_later_ids, array_fill(1, array[cardinality(v_later_ids)]), v_later_lines, v_later_ms);
@@ -234,6 +240,7 @@ begin
     select array_agg(r.id), array_agg(r.line), array_agg(r.id) filter (where r.cancels_rest) into v_ids, v_lines, v_cancelling
     from resumed r;
     perform durable.append_lines(v_ids, v_lines);
+    perform durable.record('resume', v_ids, null, array(select '{"children": true}'::jsonb from unnest(v_ids)));
     if v_cancelling is not null then
         perform durable.cancel_lines(array_agg(s.id), 'its siblings were enough', null)
         from durable.fanout f join durable.started s on s.parent = f.id and s.parent_seq = f.seq
