@@ -30,6 +30,7 @@ from durable_cluster.errors import (
 )
 from durable_cluster.joins import Child, ChildResult, Results
 from durable_cluster.retry import Retry
+from durable_cluster.search import Listed
 from durable_cluster.settings import Settings
 from durable_cluster.statements import State
 
@@ -50,6 +51,7 @@ __all__ = [
     "Handle",
     "HandlerError",
     "InputError",
+    "Listed",
     "Machine",
     "NotInstalled",
     "ResultTimeout",

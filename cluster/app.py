@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,10 @@ from durable_cluster.client import Client, Handle
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.joins import Child
+from durable_cluster.notes import Attributes, encoded_attributes
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
+from durable_cluster.search import Listed, Which, listed
 from durable_cluster.settings import Settings, checked_name
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
@@ -140,20 +142,24 @@ class Machine:
         key: str | None = None,
         after: Duration | None = None,
         at: datetime | None = None,
+        attributes: Attributes | None = None,
         tx: psycopg.Connection[Any] | None = None,
     ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
         Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
-        database's clock). With ``tx`` it joins that connection's transaction: both commit or neither. Raises InputError before
-        anything is written.
+        database's clock). ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it
+        joins that connection's transaction: both commit or neither. Raises InputError before anything is written.
         """
         begin = beginning(after=after, at=at)
         first = self._first()
         payload = self._payload(first, value)
         key = None if key is None else checked_key(key)
+        found_by = None if attributes is None else encoded_attributes(attributes)
         client = self.app.client
-        workflow_id = client.start(self.name, self.version, first.name, payload, key=key, begin=begin, tx=tx)
+        workflow_id = client.start(
+            self.name, self.version, first.name, payload, key=key, begin=begin, attributes=found_by, tx=tx
+        )
         return Handle(client, self.name, workflow_id)
 
     def start_many(
@@ -163,11 +169,12 @@ class Machine:
         keys: Sequence[str] | None = None,
         after: Duration | None = None,
         at: datetime | None = None,
+        attributes: Attributes | Sequence[Attributes | None] | None = None,
         tx: psycopg.Connection[Any] | None = None,
     ) -> list[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
-        ``after``, ``at``: as for ``start``, the same for all.
+        ``after``, ``at``: as for ``start``, the same for all. ``attributes``: the same for all, or a sequence with those of each.
         """
         begin = beginning(after=after, at=at)
         if not values:
@@ -177,8 +184,11 @@ class Machine:
         if keys is not None and len(keys) != len(values):
             raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
         keys = None if keys is None else [checked_key(key) for key in keys]
+        found_by = None if attributes is None else _encoded_each(attributes, len(values))
         client = self.app.client
-        ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, begin=begin, tx=tx)
+        ids = client.start_many(
+            self.name, self.version, first.name, payloads, keys=keys, begin=begin, attributes=found_by, tx=tx
+        )
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]
 
     def child(self, value: Any, *, after: Duration | None = None) -> Child:
@@ -251,6 +261,35 @@ class App:
         """Re-attach to a workflow by its whole id, from any process. Raises UnknownWorkflow."""
         return self.client.by_id(workflow_id)
 
+    def list(
+        self,
+        workflow: str | None = None,
+        *,
+        status: str | None = None,
+        attributes: Attributes | None = None,
+        started_from: datetime | None = None,
+        started_to: datetime | None = None,
+        parent: str | None = None,
+        key: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> Sequence[Listed]:
+        """Workflows of the database, newest first, ids truncated; ``after``: the ``cursor`` of the last one so far.
+
+        ``attributes``: those that have all of these. ``parent``: an id, whole or its first digits. More than ``limit`` (at most
+        10,000) come only where several share their moment and digits. The database role has to be a viewer. Raises InputError.
+        """
+        which = Which(
+            workflow=workflow,
+            status=status,
+            attributes=attributes,
+            started_from=started_from,
+            started_to=started_to,
+            parent=parent,
+            key=key,
+        )
+        return listed(self.client.connection(), which, limit=limit, after=after)
+
     def encoded_state(self, workflow: str, step: str, value: Any) -> str:
         """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""
         machine = self.machines.get(workflow)
@@ -271,6 +310,14 @@ class App:
     def close(self) -> None:
         """Close this app's connections; the local Postgres stops with its last user."""
         self.client.close()
+
+
+def _encoded_each(attributes: Attributes | Sequence[Attributes | None], count: int) -> list[str]:
+    if isinstance(attributes, Mapping):
+        return [encoded_attributes(attributes)]
+    if len(attributes) != count:
+        raise InputError(f"{len(attributes)} attributes for {count} values; give a mapping a piece, or one for all")
+    return [encoded_attributes(of or {}) for of in attributes]
 
 
 def _decoder(of: Any, step: str) -> msgspec.json.Decoder[Any]:

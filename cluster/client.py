@@ -18,7 +18,7 @@ import psycopg
 
 from durable_cluster import schema, side_statements, statements
 from durable_cluster.context import short_id
-from durable_cluster.database import CONNECTION_LOST, connect
+from durable_cluster.database import CONNECTION_LOST, connect_client
 from durable_cluster.embedded import EmbeddedPostgres
 from durable_cluster.envelope import encode
 from durable_cluster.errors import (
@@ -31,6 +31,7 @@ from durable_cluster.errors import (
     WorkflowStuck,
 )
 from durable_cluster.joins import ChildResult, Results
+from durable_cluster.notes import Attributes, encoded_attributes
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
 
@@ -86,7 +87,7 @@ class Client:
         """This thread's connection. Never one inherited over a fork: closing that would end the parent's session."""
         known, pid = getattr(self._local, "connection", None), getattr(self._local, "pid", None)
         if known is None or pid != os.getpid() or known.closed or known.broken:
-            known = connect(self.dsn, name="durable-cluster client")
+            known = connect_client(self.dsn, name="durable-cluster client")
             self._local.connection, self._local.pid = known, os.getpid()
             with self._lock:
                 self._keep(known)
@@ -110,11 +111,14 @@ class Client:
         *,
         key: str | None,
         begin: timedelta | datetime | None,
+        attributes: str | None,
         tx: psycopg.Connection[Any] | None,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
         where = tx if tx is not None else self.connection()
-        return statements.start(where, workflow, version=version, step=step, payload=payload, key=key, begin=begin)[0]
+        return statements.start(
+            where, workflow, version=version, step=step, payload=payload, key=key, begin=begin, attributes=attributes
+        )[0]
 
     def start_many(
         self,
@@ -125,12 +129,20 @@ class Client:
         *,
         keys: Sequence[str] | None,
         begin: timedelta | datetime | None,
+        attributes: Sequence[str] | None,
         tx: psycopg.Connection[Any] | None,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
         where = tx if tx is not None else self.connection()
         rows = statements.start_many(
-            where, workflow, version=version, step=step, payloads=payloads, keys=keys, begin=begin
+            where,
+            workflow,
+            version=version,
+            step=step,
+            payloads=payloads,
+            keys=keys,
+            begin=begin,
+            attributes=attributes,
         )
         return [workflow_id for workflow_id, _ in rows]
 
@@ -252,6 +264,26 @@ class Handle:
         """
         where = tx if tx is not None else self._client.connection()
         return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
+
+    def set_attributes(
+        self, attributes: Attributes, *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None
+    ) -> None:
+        """Change what the workflow is found by: the given names (texts, numbers, booleans), None takes one away.
+
+        Seen once a cluster has come by; with ``tx`` sent in that transaction. Raises UnknownWorkflow, InputError.
+        """
+        where = tx if tx is not None else self._client.connection()
+        side_statements.set_attributes(where, self.id, encoded_attributes(attributes), actor=actor)
+
+    def attributes(self) -> dict[str, Any]:
+        """What it is found by."""
+        found: dict[str, Any] = msgspec.json.decode(side_statements.attributes_of(self._client.connection(), self.id))
+        return found
+
+    def progress(self) -> Any:
+        """What it last published with ``ctx.set_progress`` (plain JSON values); None if it never did."""
+        published = side_statements.progress_of(self._client.connection(), self.id)
+        return None if published is None else msgspec.json.decode(published)
 
     def children(self) -> Results:
         """The children that it spawned last, and what became of them."""

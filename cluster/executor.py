@@ -24,6 +24,7 @@ from durable_cluster.errors import (
     TerminalError,
 )
 from durable_cluster.joins import ChildResult, Joining, Spawning
+from durable_cluster.notes import SETTING, Noted, Setting, setting_of
 from durable_cluster.signals import CANCEL, SIGNAL, Cancel, Delivery, Waiting, message_of, token_seq_of
 from durable_cluster.statements import Outcome
 
@@ -60,7 +61,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
 
 WAITS = (Wait, Spawn, Join)
 
-Result = Envelope | Outcome | Later | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+Result = Envelope | Outcome | Later | Waiting | Spawning | Joining | Delivery | Cancel | Setting | DeadLetter | Noted
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
@@ -73,7 +74,7 @@ class Task(msgspec.Struct, frozen=True, gc=False):
 
 
 def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result | None:
-    """The task for an envelope, or the signal or cancel that it is; None for one that nobody can have sent.
+    """The task for an envelope, or the signal, cancel or change of attributes that it is; None for one that nobody can have sent.
 
     One that this code knows no handler for waits for a process that does, for ``limit_s`` seconds in all: during a deployment
     old and new code run side by side.
@@ -84,6 +85,8 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
     except KeyError:
         if envelope.workflow in (SIGNAL, CANCEL):
             return message_of(envelope)
+        if envelope.workflow == SETTING:
+            return setting_of(envelope)
         return _unrouted(envelope, machines, limit_s)
 
 
@@ -110,7 +113,7 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
 
 def call(task: Task, context: Context) -> Result:
     """Run a ``def`` step and let what it raises pass: what a transactional step did must then be rolled back."""
-    return conclude(task, task.step.handler(*_arguments(task, context)))
+    return context.noted(conclude(task, task.step.handler(*_arguments(task, context))))
 
 
 def run(task: Task, context: Context) -> Result:
@@ -126,7 +129,7 @@ async def run_async(task: Task, context: Context) -> Result:
     try:
         async with asyncio.timeout(task.step.timeout_s) as limit:
             returned = await task.step.handler(*_arguments(task, context))
-        return conclude(task, returned)
+        return context.noted(conclude(task, returned))
     except FAILURES as error:
         return failed(task, timed_out(task) if limit.expired() and isinstance(error, TimeoutError) else error, context)
 

@@ -20,13 +20,14 @@ import psycopg
 from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, SerializationFailure
 from psycopg.pq import TransactionStatus
 
-from durable_cluster import executor, side_statements, statements
+from durable_cluster import executor, noting, side_statements, statements
 from durable_cluster.beside import Run
 from durable_cluster.context import Context, short_id
 from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, encode_line
 from durable_cluster.errors import HandlerError
 from durable_cluster.executor import DeadLetter, Later, Result, Task
 from durable_cluster.joins import Joining, Spawning
+from durable_cluster.notes import Noted, Setting
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Outcome
@@ -58,7 +59,7 @@ class Answer(msgspec.Struct, frozen=True):
 Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
 
-NotInTheLog = Later | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+NotInTheLog = Later | Detached | Waiting | Spawning | Joining | Delivery | Cancel | Setting | DeadLetter | Noted
 NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
 OfStripes = Later | Waiting | Spawning | Joining | Delivery | Cancel
 OF_STRIPES = frozenset(get_args(OfStripes))
@@ -165,6 +166,8 @@ class Handoff:
                     results[index] = self._run(results[index], begin + index)
                 if tasks:
                     self._settle([begin + index for index in tasks], slots)
+                if refused := noting.write(self._connection, results):
+                    raise StepFailed(begin + min(refused), refused[min(refused)])
                 self._set_aside(window.shard, window.owner, results)
                 self._commit(window, page, results, first + begin, is_fenced=True)
         except NOBODYS_FAULT as error:
@@ -189,8 +192,11 @@ class Handoff:
             )
             # Of two answers for one step, of which the process has lost count, one counts.
             ours = list({one.envelope.key: one for one in answers if one.envelope.key in still}.values())
+            slots: list[Slot] = [one.result for one in ours]
+            for index, letter in noting.write(self._connection, slots).items():
+                slots[index] = letter
             for shard in sorted({one.shard for one in ours}):
-                results: list[Slot] = [one.result for one in ours if one.shard == shard]
+                results = [slot for slot, one in zip(slots, ours, strict=True) if one.shard == shard]
                 self._set_aside(shard, owner, results)
                 steps, counts, outcomes = self._for_the_log(results)
                 statements.hand_on(self._connection, shard=shard, steps=steps, counts=counts, outcomes=outcomes)

@@ -16,6 +16,7 @@ from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import Task
 from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
 from durable_cluster.joins import ChildResult, Joining, Spawning
+from durable_cluster.notes import Noted, Setting
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Cancel, Delivery
 from durable_cluster.statements import Outcome
@@ -96,7 +97,7 @@ class PageRunner:
             if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
                 break
             slot = self._begin(envelope)
-            if isinstance(slot, Spawning | Joining):
+            if isinstance(slot, Spawning | Joining | Noted):
                 children += len(slot.children)
             if isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:
@@ -136,7 +137,7 @@ class PageRunner:
                 return instead
             envelope = instead or envelope
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
-        if task is None or not (isinstance(task, Task | Delivery | Cancel) or envelope.has_names):
+        if task is None or not (isinstance(task, Task | Delivery | Cancel | Setting) or envelope.has_names):
             return self._begin(None)
         if envelope.has_children and isinstance(task, Task):
             task = msgspec.structs.replace(task, children=self._children.get(envelope.workflow_id))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, LiteralString
 
 from durable_cluster.envelope import Envelope, encode_line
-from durable_cluster.errors import translated
+from durable_cluster.errors import UnknownWorkflow, translated
 from durable_cluster.joins import RESULTS_AT_ONCE, ChildResult, Joining, Spawning, result_of
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Connection, plain_cursor
@@ -39,11 +39,21 @@ def next_due(connection: Connection) -> float | None:
 def signal(
     tx: Connection, workflow_id: str, name: str, payload: str, *, key: str | None, token: str | None, actor: str | None
 ) -> None:
-    """Send a signal (``payload``: JSON), in the transaction of ``tx``. Raises UnknownWorkflow, InputError."""
+    """Send a signal (``payload``: JSON), in the transaction of ``tx``. Raises UnknownWorkflow, InputError.
+
+    A refusal leaves the transaction as good as it was, and with it, if the audit is on, its row there.
+    """
     with translated():
-        plain_cursor(tx).execute(
-            "select durable.signal(%s::uuid, %s, %s, %s, %s, %s)", (workflow_id, name, payload, key, token, actor)
+        row = (
+            plain_cursor(tx)
+            .execute(
+                "select durable.send_signal(%s::uuid, %s, %s, %s, %s, %s)",
+                (workflow_id, name, payload, key, token, actor),
+            )
+            .fetchone()
         )
+    if row and row[0] is not None:
+        raise UnknownWorkflow(row[0])
 
 
 def secret(connection: Connection) -> bytes:
@@ -170,6 +180,53 @@ def group_of(connection: Connection, parent_id: str) -> tuple[int, int, int] | N
             .execute("select total, completed, failed from durable.group_of(%s::uuid)", (parent_id,))
             .fetchone()
         )
+
+
+def merge_attributes(tx: Connection, changes: Mapping[str, str]) -> set[str]:
+    """Changes of a page's workflows (JSON by id), in its transaction; the ids that would have too many, and keep what they have."""
+    found = _call_with_columns(tx, "merge_attributes", (list(changes), list(changes.values())))
+    return set(found.split("\n")) - {""}
+
+
+def set_attributes(tx: Connection, workflow_id: str, attributes: str, *, actor: str | None) -> None:
+    """Change a workflow's attributes (JSON), in the transaction of ``tx``. Raises UnknownWorkflow, InputError."""
+    with translated():
+        plain_cursor(tx).execute("select durable.set_attributes(%s::uuid, %s, %s)", (workflow_id, attributes, actor))
+
+
+def attributes_of(connection: Connection, workflow_id: str) -> str:
+    """A workflow's attributes, as JSON."""
+    with translated():
+        row = (
+            plain_cursor(connection).execute("select durable.attributes_of(%s::uuid)::text", (workflow_id,)).fetchone()
+        )
+    assert row is not None
+    return str(row[0])
+
+
+def publish(tx: Connection, progress: Mapping[str, str]) -> None:
+    """Progress of a page's workflows (JSON by id), in its transaction."""
+    _call_with_columns(tx, "publish", (list(progress), list(progress.values())))
+
+
+def publish_detached(connection: Connection, owner: int, progress: Mapping[str, str]) -> None:
+    """Progress of detached steps that run (JSON by key), as far as they are still ``owner``'s."""
+    with translated():
+        plain_cursor(connection).execute(
+            "select durable.publish_detached(%s::bigint, %s, %s)",
+            (owner, "\n".join(progress), "\n".join(progress.values())),
+        )
+
+
+def progress_of(connection: Connection, workflow_id: str) -> str | None:
+    """What a workflow last published, as JSON; None if it never did."""
+    with translated():
+        row = (
+            plain_cursor(connection)
+            .execute("select progress from durable.progress_of(%s::uuid)", (workflow_id,))
+            .fetchone()
+        )
+    return row[0] if row else None
 
 
 def taken_away(connection: Connection, owner: int, keys: Sequence[str]) -> set[str]:

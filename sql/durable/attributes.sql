@@ -2,14 +2,15 @@
 -- steps, with the handoff, and for clients, whose change is a line of the log. So nobody who holds a transaction open holds up a page.
 
 -- durable.are_attributes(json): a flat object of at most 32 strings, numbers, booleans and nulls, with keys that are names, in 4 KiB.
+-- Numbers below 1e300, which every client's language can read.
 create or replace function durable.are_attributes(i_json jsonb) returns boolean
 language plpgsql immutable
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
     return jsonb_typeof(i_json) = 'object' and octet_length(i_json::text) <= 4096
-        and (select count(*) <= 32 and coalesce(bool_and(e.key ~ '^[a-zA-Z0-9_.-]{1,57}$'
-                and jsonb_typeof(e.value) in ('string', 'number', 'boolean', 'null')), true)
+        and (select count(*) <= 32 and coalesce(bool_and(e.key ~ '^[a-zA-Z0-9_.-]{1,57}$' and case jsonb_typeof(e.value)
+                when 'number' then abs((e.value #>> '{}')::numeric) < 1e300 else jsonb_typeof(e.value) in ('string', 'boolean', 'null') end), true)
              from jsonb_each(i_json) e);
 end
 $$;
