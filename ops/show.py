@@ -47,7 +47,7 @@ def list_(terminal: Terminal, target: Target, *, which: Which, limit: int, after
     lines = table(("id", "workflow", "status", "started", "took", "key", "attributes"), rows)
     terminal.answer(found, lines if found else ["no workflows"])
     if len(found) >= limit:
-        terminal.note(f"{len(found):,} of more; go on with --after {found[-1].cursor}")
+        terminal.note(f"the newest {len(found):,}; go on with --after {found[-1].cursor}")
     return 0
 
 

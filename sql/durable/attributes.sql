@@ -21,8 +21,9 @@ language plpgsql immutable strict
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
-    v_attributes jsonb := i_attributes::jsonb;
+    v_attributes jsonb;
 begin
+    v_attributes := i_attributes;
     if durable.are_attributes(v_attributes) then
         return v_attributes;
     end if;
