@@ -36,12 +36,14 @@ $$;
 
 -- durable.keep_attributes(ids, attributes): those of workflows that begin in this transaction; empty or null ones leave no row.
 create or replace function durable.keep_attributes(i_ids uuid[], i_attributes jsonb[]) returns void
-language sql volatile
+language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
+begin
     insert into durable.attribute (id, attributes)
     select q.id, jsonb_strip_nulls(q.attributes) from unnest(i_ids, i_attributes) q(id, attributes)
-    where jsonb_strip_nulls(q.attributes) <> '{}'
+    where jsonb_strip_nulls(q.attributes) <> '{}';
+end
 $$;
 
 -- durable.merge_attributes(ids, changes): changes of one page, in its transaction, one of each a line: null takes a key away.

@@ -5,7 +5,6 @@
 -- durable.id_hash(id, secret): what stands for a workflow: made with the database's secret, and so of no use elsewhere.
 create or replace function durable.id_hash(i_id uuid, i_secret bytea) returns bytea
 language sql immutable
-set search_path = pg_catalog, durable, pg_temp
 as $$ select sha256(i_secret || sha256(i_secret || convert_to('audit:' || durable.hex(i_id), 'UTF8'))) $$;
 
 -- durable.record(what, ids, actor, details): a row for each of these workflows, if the audit is on; details one of each, or none.
