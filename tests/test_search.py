@@ -229,3 +229,25 @@ def test_filters_are_served_by_indexes(app: App, conn: Connection) -> None:
     assert "_parent_" in plan_of(conn, parent="abcdef")
     newest = plan_of(conn)
     assert "_at_idx" in newest and "Seq Scan" not in newest
+
+
+def test_those_that_run_are_found_however_long_ago_they_started(
+    app: App, conn: Connection, clock: Callable[[float], None]
+) -> None:
+    started: list[Handle] = []
+    for hours in (0, 0, 1, 9, 60, 61, 300):
+        clock(hours * 3_600)
+        started.append(app.workflow("flow").start("wait"))
+        app.workflow("flow").start("pass")
+    app.run(until_idle=True)
+    newest_first = [handle.id[:12] for handle in reversed(started)]
+    assert [one.id for one in app.list(status="running")] == newest_first
+    listed: list[str] = []
+    after = None
+    while page := app.list(status="running", limit=2, after=after):
+        listed += [one.id for one in page]
+        after = page[-1].cursor
+    assert listed == newest_first
+    begin = app.list(status="running")[3].started_at
+    assert [one.id for one in app.list(status="running", started_from=begin)] == newest_first[:4]
+    assert [one.id for one in app.list(status="running", started_to=begin)] == newest_first[4:]

@@ -76,6 +76,8 @@ $$;
 --   i_from, i_to  started then or later, and earlier than that
 --   i_parent      the first digits of the id of the workflow that spawned them; more than 12 are not looked at
 --   i_key         theirs, in whatever type; with i_workflow that is one look-up
+-- Who runs is who has no end: nothing but a comparison of starts and ends tells. It is made over an hour, four, sixteen and so on back,
+-- because those that run are mostly among the newest.
 create or replace function durable.list(i_workflow text default null, i_status text default null, i_limit int default 50,
     i_after text default null, i_attributes text default null, i_from timestamptz default null, i_to timestamptz default null,
     i_parent text default null, i_key text default null)
@@ -86,6 +88,11 @@ set search_path = pg_catalog, durable, pg_temp set enable_partitionwise_join = o
 as $$
 declare
     v_attributes jsonb := durable.checked_attributes(i_attributes);
+    v_left int := i_limit;
+    v_from timestamptz := i_from;
+    v_to timestamptz := i_to;
+    v_hours int := 1;
+    v_found int;
 begin
     if i_status not in ('running', 'stuck', 'completed', 'failed', 'cancelled') then
         raise exception 'a status is running, stuck, completed, failed or cancelled, not %', quote_literal(left(i_status, 40))
@@ -95,15 +102,26 @@ begin
         raise exception 'a limit of % is out of range; choose 1 to 10000', coalesce(i_limit::text, 'null') using errcode = 'DC002';
     end if;
     perform durable.cursor_at(i_after);
-    return query execute
-        'select durable.short(w.id), w.workflow, w.version, coalesce(f.status, case when exists ('
-        '   select from durable.dead_letter d where d.id = w.id) then ''stuck'' else ''running'' end), w.key, w.at, f.at,'
-        ' coalesce(a.attributes, ''{}''), durable.short(w.parent), durable.cursor_of(w.at, durable.short(w.id))'
-        ' from (' || durable.list_query(i_workflow, i_status, i_after, v_attributes, i_from, i_to, i_parent, i_key) || ') w'
-        ' left join durable.finished f on f.id = w.id and f.day = w.day'
-        ' left join durable.attribute a on a.id = w.id'
-        ' order by w.at desc, durable.short(w.id) desc, w.id desc'
-        using i_workflow, i_limit, i_after, v_attributes, i_from, i_to, durable.first_digits(i_parent), i_key, i_status,
-            durable.day_at(durable.cursor_at(i_after)), durable.day_at(i_from), durable.day_at(i_to);
+    loop
+        if i_status = 'running' then
+            v_from := greatest(i_from, least(v_to, durable.cursor_at(i_after), durable.now()) - make_interval(hours => v_hours));
+        end if;
+        return query execute
+            'select durable.short(w.id), w.workflow, w.version, coalesce(f.status, case when exists ('
+            '   select from durable.dead_letter d where d.id = w.id) then ''stuck'' else ''running'' end), w.key, w.at, f.at,'
+            ' coalesce(a.attributes, ''{}''), durable.short(w.parent), durable.cursor_of(w.at, durable.short(w.id))'
+            ' from (' || durable.list_query(i_workflow, i_status, i_after, v_attributes, v_from, v_to, i_parent, i_key) || ') w'
+            ' left join durable.finished f on f.id = w.id and f.day = w.day'
+            ' left join durable.attribute a on a.id = w.id'
+            ' order by w.at desc, durable.short(w.id) desc, w.id desc'
+            using i_workflow, v_left, i_after, v_attributes, v_from, v_to, durable.first_digits(i_parent), i_key, i_status,
+                durable.day_at(durable.cursor_at(i_after)), durable.day_at(v_from), durable.day_at(v_to);
+        get diagnostics v_found = row_count;
+        v_left := v_left - v_found;
+        exit when v_left <= 0 or v_from is not distinct from i_from
+            or not exists (select from durable.started s where s.at < v_from and s.day <= durable.day_at(v_from));
+        v_to := v_from;
+        v_hours := v_hours * 4;
+    end loop;
 end
 $$;
