@@ -177,17 +177,21 @@ def test_a_client_changes_attributes_of_who_waits_and_of_who_has_ended(app: App)
     assert (waiting.status(), ended.status()) == ("running", "completed")
 
 
-def test_a_client_s_change_is_sent_with_its_transaction_and_holds_up_nobody(app: App, dsn: str) -> None:
+def test_a_client_s_change_is_sent_with_its_transaction_and_holds_up_no_page(
+    app: App, dsn: str, conn: Connection
+) -> None:
     handle = app.workflow("waiting").start({"a": 1}, attributes={"z": 1})
+    conn.execute("set lock_timeout = '2s'")
     with psycopg.connect(dsn) as tx:
         handle.set_attributes({"a": 2}, tx=tx)
+        assert side_statements.merge_attributes(conn, {handle.id: '{"y":1}'}) == set()
         app.run(until_idle=True)
-        assert handle.attributes() == {"a": 1, "z": 1}, "the step's own went through beside the open transaction"
+        assert handle.attributes() == {"a": 1, "y": 1, "z": 1}
         tx.rollback()
         app.run(until_idle=True)
         handle.set_attributes({"a": 3}, tx=tx)
     app.run(until_idle=True)
-    assert handle.attributes() == {"a": 3, "z": 1}
+    assert handle.attributes() == {"a": 3, "y": 1, "z": 1}
 
 
 def test_a_client_s_change_that_is_too_much_by_the_time_it_arrives_is_dropped(
