@@ -20,7 +20,7 @@ import psycopg
 from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, SerializationFailure
 from psycopg.pq import TransactionStatus
 
-from durable_cluster import executor, side_results, side_statements, statements
+from durable_cluster import executor, noting, side_results, side_statements, statements
 from durable_cluster.context import Context
 from durable_cluster.envelope import Envelope, Page, encode_chunks
 from durable_cluster.errors import HandlerError
@@ -148,6 +148,8 @@ class Handoff:
                     results[index] = self._run(results[index], begin + index)
                 if tasks:
                     self._settle([begin + index for index in tasks], slots)
+                if refused := noting.write(self._connection, results):
+                    raise StepFailed(begin + min(refused), refused[min(refused)])
                 lines = page.lines[first + begin : first + end]
                 giving = side_results.giving(lines, results) if self._has_permits else []
                 side_results.write(self._connection, results, shard=window.shard, owner=window.owner, giving=giving)
@@ -174,10 +176,12 @@ class Handoff:
             )
             # Of two answers for one step, of which the process has lost count, one counts.
             ours = list({one.envelope.key: one for one in answers if one.envelope.key in still}.values())
+            slots: list[Slot] = [one.result for one in ours]
+            for index, letter in noting.write(self._connection, slots).items():
+                slots[index] = letter
             for shard in sorted({one.shard for one in ours}):
-                of_shard = [one for one in ours if one.shard == shard]
-                results: list[Slot] = [one.result for one in of_shard]
-                giving = side_results.giving([one.envelope for one in of_shard], results)
+                results = [slot for slot, one in zip(slots, ours, strict=True) if one.shard == shard]
+                giving = side_results.giving([one.envelope for one in ours if one.shard == shard], results)
                 side_results.write(self._connection, results, shard=shard, owner=owner, giving=giving)
                 steps, counts, outcomes = self._for_the_log(results)
                 statements.hand_on(self._connection, shard=shard, steps=steps, counts=counts, outcomes=outcomes)

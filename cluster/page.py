@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
-from durable_cluster import executor, side_statements, statements
+from durable_cluster import coordination, executor, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
-from durable_cluster.executor import Parked, Task
+from durable_cluster.executor import OnTheWay, Parked, Task
 from durable_cluster.handoff import Answer, Handoff, Window
 from durable_cluster.joins import ChildResult, Joining, Spawning
-from durable_cluster.limits import Pump, without_permit
+from durable_cluster.limits import without_permit
+from durable_cluster.notes import Noted
 from durable_cluster.settings import Settings
 from durable_cluster.side_results import Detached, Slot
-from durable_cluster.signals import Cancel, Delivery
 from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class PageRunner:
             if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
                 break
             slot = self._begin(envelope)
-            if isinstance(slot, Spawning | Joining):
+            if isinstance(slot, Spawning | Joining | Noted):
                 children += len(slot.children)
             if isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:
@@ -130,7 +130,7 @@ class PageRunner:
 
     def _read_children(self, page: Page) -> Mapping[str, list[ChildResult]]:
         parents = [envelope.workflow_id for envelope in page.lines if envelope is not None and envelope.has_children]
-        return side_statements.children_of(self._connection, parents) if parents else {}
+        return coordination.children_of(self._connection, parents) if parents else {}
 
     def _kind(self, run: Run) -> tuple[str, str]:
         return run.task.machine.name, run.task.step.name
@@ -145,7 +145,7 @@ class PageRunner:
                 return instead
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
         if not isinstance(task, Task):
-            is_told = isinstance(task, Delivery | Cancel | Pump) or (task is not None and envelope.has_names)
+            is_told = isinstance(task, OnTheWay) or (task is not None and envelope.has_names)
             return task if is_told else self._begin(None)
         if envelope.has_children or not task.step.is_plain:
             return self._prepared(task)

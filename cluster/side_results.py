@@ -9,13 +9,14 @@ from typing import Any, TypeVar, get_args
 import msgspec
 import psycopg
 
-from durable_cluster import side_statements
+from durable_cluster import coordination, side_statements
 from durable_cluster.beside import Run
 from durable_cluster.context import short_id
 from durable_cluster.envelope import Envelope, encode, encode_line
-from durable_cluster.executor import DeadLetter, Later, Parked, Result, Task
+from durable_cluster.executor import DeadLetter, Later, OnTheWay, Parked, Result, Task
 from durable_cluster.joins import Joining, Spawning
 from durable_cluster.limits import OF_STEP, Pump, Queued
+from durable_cluster.notes import Noted
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Outcome
 
@@ -36,7 +37,7 @@ class Detached(msgspec.Struct, frozen=True):
 Slot = Result | Task | Detached | None
 """A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
 
-NotInTheLog = Later | Parked | Queued | Pump | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
+NotInTheLog = Later | Parked | Queued | Detached | Waiting | Spawning | Joining | OnTheWay | DeadLetter | Noted
 NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
 OfStripes = Later | Parked | Queued | Waiting | Spawning | Joining | Delivery | Cancel
 OF_STRIPES = frozenset(get_args(OfStripes))
@@ -57,7 +58,7 @@ def write(tx: Connection, results: list[Slot], *, shard: int, owner: int, giving
     if later := _of(results, Later):
         side_statements.schedule(tx, [slot.envelope for slot in later], [slot.delay_s for slot in later])
     if parked := _of(results, Parked):
-        side_statements.park(tx, [slot.envelope for slot in parked])
+        coordination.park(tx, [slot.envelope for slot in parked])
     if detached := _of(results, Detached):
         owners = [0 if slot.run is None else owner for slot in detached]
         envelopes = [slot.envelope for slot in detached]
@@ -96,16 +97,16 @@ def _lock(tx: Connection, results: Sequence[Slot], giving: Sequence[Envelope]) -
         side_statements.lock_stripes(tx, ids)
     if kinds & OF_GROUPS:
         parents = [slot.envelope.workflow_id for slot in results if isinstance(slot, OfGroups)]
-        side_statements.lock_groups(tx, parents, ended)
+        coordination.lock_groups(tx, parents, ended)
     if queued or giving:
-        side_statements.lock_ahead(tx, queued, [*(one.workflow_id for one in giving), *ended])
+        coordination.lock_ahead(tx, queued, [*(one.workflow_id for one in giving), *ended])
 
 
 def _write_children(tx: Connection, results: list[Slot]) -> None:
     if spawning := [slot for slot in results if isinstance(slot, Spawning | Joining) and slot.children]:
-        side_statements.spawn(tx, spawning)
+        coordination.spawn(tx, spawning)
     if joining := _of(results, Joining):
-        side_statements.await_children(tx, joining)
+        coordination.await_children(tx, joining)
     for index, slot in enumerate(results):
         if isinstance(slot, Spawning):
             results[index] = slot.envelope
@@ -123,11 +124,11 @@ def _write_waits(tx: Connection, results: Sequence[Slot]) -> None:
 
 def _write_permits(tx: Connection, results: Sequence[Slot], giving: Sequence[Envelope]) -> None:
     if giving:
-        side_statements.give_back(tx, giving)
+        coordination.give_back(tx, giving)
     if queued := _of(results, Queued):
-        side_statements.take_permits(tx, queued)
+        coordination.take_permits(tx, queued)
     if pumps := _of(results, Pump):
-        side_statements.pump(tx, pumps)
+        coordination.pump(tx, pumps)
 
 
 def _bury(tx: Connection, dead: Sequence[DeadLetter]) -> None:

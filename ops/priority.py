@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from durable_cluster import schema, side_statements
+from durable_cluster import coordination, schema
 from durable_cluster.context import short_id
 from durable_cluster.ops.show import checked_prefix, whole_id
 from durable_cluster.ops.target import Target
@@ -25,7 +25,7 @@ def priority(terminal: Terminal, target: Target, *, prefix: str, weight: float) 
     with target.opened() as database, database.connect("priority") as connection:
         schema.demand_installed(connection)
         workflow_id = whole_id(connection, digits)
-        has_lived = side_statements.set_priority(connection, [workflow_id], weight) > 0
+        has_lived = coordination.set_priority(connection, [workflow_id], weight) > 0
     short = short_id(workflow_id)
     told = f"has priority {weight:g} from its next step on" if has_lived else "has ended already"
     terminal.answer(Changed(id=short, weight=weight, lived=has_lived), [f"workflow {short}… {told}"])

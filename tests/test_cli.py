@@ -269,7 +269,9 @@ def test_list_shows_the_newest_first_and_filters(cluster: Cluster, ids: list[str
     assert [one["id"] for one in listed] == [ids[-1][:12]]
     some = cluster.ask("list", "--limit", "3")
     assert len(some.out.splitlines()) == 4
-    assert "the newest 3; see more with --limit" in some.err
+    assert "the newest 3; go on with --after " in some.err
+    rest = cluster.ask("list", "--after", some.err.split()[-1], "--json").json
+    assert {one["id"] for one in rest}.isdisjoint(line.split()[0] for line in some.out.splitlines()[1:])
     assert cluster.ask("list", "--workflow", "nobody").out == "no workflows\n"
 
 

@@ -82,6 +82,12 @@ begin
     insert into durable.priority (id, weight)
     select s.id, p.weight from durable.priority p join durable.started s on s.parent = p.id and s.day = v_today
     where p.id = any (v_ids) and s.id = any (v_at_once_ids || v_later_ids);
+    if (select c.audit from durable.cluster c) then
+        perform durable.record('spawn', array_agg(s.id), null,
+            array_agg(jsonb_build_object('workflow', s.workflow, 'parent', durable.short(s.parent))))
+        from durable.started s
+        where (s.id, s.day) in (select i, durable.day_of(i) from unnest(v_at_once_ids || v_later_ids) i);
+    end if;
     perform durable.append_lines(v_at_once_ids, v_at_once_lines);
     if v_later_ids is not null then
         perform durable.set_timers(v_later_ids, array_fill(1, array[cardinality(v_later_ids)]), v_later_lines, v_later_ms);
@@ -237,6 +243,7 @@ begin
     select array_agg(r.id), array_agg(r.line), array_agg(r.id) filter (where r.cancels_rest) into v_ids, v_lines, v_cancelling
     from resumed r;
     perform durable.append_lines(v_ids, v_lines);
+    perform durable.record('resume', v_ids, null, array(select '{"children": true}'::jsonb from unnest(v_ids)));
     if v_cancelling is not null then
         perform durable.cancel_lines(array_agg(s.id), 'its siblings were enough', null)
         from durable.fanout f join durable.started s on s.parent = f.id and s.parent_seq = f.seq

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from durable_cluster import side_statements
+from durable_cluster import coordination
 from explorer.flows import SHORT_S, TIMEOUT_S
 from explorer.scene import Race, Scene
 
@@ -253,7 +253,7 @@ def resume_while_a_page_puts_aside(scene: Scene) -> None:
     flow.ends_as("worked")
     flow.handle.pause()
     scene.page(is_mortal=True)
-    scene.client(lambda tx: side_statements.resume(tx, "workflow", flow.handle.id) and None)
+    scene.client(lambda tx: coordination.resume(tx, "workflow", flow.handle.id) and None)
     scene.consumer(takes_over=True)
 
 
