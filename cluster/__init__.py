@@ -32,6 +32,7 @@ from durable_cluster.joins import Child, ChildResult, Results
 from durable_cluster.limits import Limit
 from durable_cluster.retry import Retry
 from durable_cluster.schedule_statements import Schedule
+from durable_cluster.search import Listed
 from durable_cluster.settings import Settings
 from durable_cluster.statements import State
 
@@ -53,6 +54,7 @@ __all__ = [
     "HandlerError",
     "InputError",
     "Limit",
+    "Listed",
     "Machine",
     "NotInstalled",
     "ResultTimeout",

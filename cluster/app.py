@@ -11,16 +11,18 @@ from typing import Any, TypeVar
 import msgspec
 import psycopg
 
-from durable_cluster import side_statements
+from durable_cluster import coordination
 from durable_cluster.client import Client, Handle
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.joins import Child
 from durable_cluster.limits import Limit
+from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
 from durable_cluster.schedule_statements import Plan
 from durable_cluster.schedules import Schedules, planned
+from durable_cluster.search import Listed, Which, listed
 from durable_cluster.settings import Settings, checked_name
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
@@ -155,20 +157,34 @@ class Machine:
         key: str | None = None,
         after: Duration | None = None,
         at: datetime | None = None,
+        priority: float = 1,
+        attributes: Attributes | None = None,
         tx: psycopg.Connection[Any] | None = None,
     ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
         Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
-        database's clock). With ``tx`` it joins that connection's transaction: both commit or neither. Raises InputError before
-        anything is written.
+        database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
+        done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it joins that
+        connection's transaction: both commit or neither. Raises InputError before anything is written.
         """
         begin = beginning(after=after, at=at)
         first = self._first()
         payload = self._payload(first, value)
         key = None if key is None else checked_key(key)
+        found_by = None if attributes is None else encoded_attributes(attributes)
         client = self.app.client
-        workflow_id = client.start(self.name, self.version, first.name, payload, key=key, begin=begin, tx=tx)
+        workflow_id = client.start(
+            self.name,
+            self.version,
+            first.name,
+            payload,
+            key=key,
+            begin=begin,
+            priority=priority,
+            attributes=found_by,
+            tx=tx,
+        )
         return Handle(client, self.name, workflow_id)
 
     def start_many(
@@ -178,11 +194,14 @@ class Machine:
         keys: Sequence[str] | None = None,
         after: Duration | None = None,
         at: datetime | None = None,
+        priority: float = 1,
+        attributes: Attributes | Sequence[Attributes | None] | None = None,
         tx: psycopg.Connection[Any] | None = None,
     ) -> list[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
-        ``after``, ``at``: as for ``start``, the same for all.
+        ``after``, ``at``, ``priority``: as for ``start``, the same for all. ``attributes``: the same for all, or a sequence of
+        those of each.
         """
         begin = beginning(after=after, at=at)
         if not values:
@@ -192,8 +211,19 @@ class Machine:
         if keys is not None and len(keys) != len(values):
             raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
         keys = None if keys is None else [checked_key(key) for key in keys]
+        found_by = None if attributes is None else encoded_each(attributes, len(values))
         client = self.app.client
-        ids = client.start_many(self.name, self.version, first.name, payloads, keys=keys, begin=begin, tx=tx)
+        ids = client.start_many(
+            self.name,
+            self.version,
+            first.name,
+            payloads,
+            keys=keys,
+            begin=begin,
+            priority=priority,
+            attributes=found_by,
+            tx=tx,
+        )
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]
 
     def child(self, value: Any, *, after: Duration | None = None) -> Child:
@@ -207,11 +237,11 @@ class Machine:
 
     def pause(self, *, actor: str | None = None) -> bool:
         """From now on no workflow of this kind begins a step, until ``resume``; new ones may be started. Whether that is new."""
-        return side_statements.pause(self.app.client.connection(), "type", self.name, actor=actor)
+        return coordination.pause(self.app.client.connection(), "type", self.name, actor=actor)
 
     def resume(self) -> bool:
         """Let them go on. Whether they were paused."""
-        return side_statements.resume(self.app.client.connection(), "type", self.name) is not None
+        return coordination.resume(self.app.client.connection(), "type", self.name) is not None
 
     def get(self, *, key: str) -> Handle:
         """The workflow that was started with ``key``. Raises UnknownWorkflow."""
@@ -308,6 +338,35 @@ class App:
     def get(self, workflow_id: str) -> Handle:
         """Re-attach to a workflow by its whole id, from any process. Raises UnknownWorkflow."""
         return self.client.by_id(workflow_id)
+
+    def list(
+        self,
+        workflow: str | None = None,
+        *,
+        status: str | None = None,
+        attributes: Attributes | None = None,
+        started_from: datetime | None = None,
+        started_to: datetime | None = None,
+        parent: str | None = None,
+        key: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> Sequence[Listed]:
+        """Workflows of the database, newest first, ids truncated; ``after``: the ``cursor`` of the last one so far.
+
+        ``attributes``: those that have all of these. ``parent``: an id, whole or its first digits. More than ``limit`` (at most
+        10,000) come only where several share their moment and digits. The database role has to be a viewer. Raises InputError.
+        """
+        which = Which(
+            workflow=workflow,
+            status=status,
+            attributes=attributes,
+            started_from=started_from,
+            started_to=started_to,
+            parent=parent,
+            key=key,
+        )
+        return listed(self.client.connection(), which, limit=limit, after=after)
 
     def encoded_state(self, workflow: str, step: str, value: Any) -> str:
         """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""

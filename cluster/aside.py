@@ -85,6 +85,7 @@ class Aside:
             if now >= self._report_at:
                 self._report_at = now + REPORT_S
                 self._report()
+                self._publish()
                 self._end_taken()
             if now >= self._keep_at:
                 self._keep_at = now + self._settings.dead_interval_s / 4
@@ -168,6 +169,16 @@ class Aside:
         if running:
             gone = side_statements.taken_away(self.connection, self.owner, list(running))
             self._beside.drop(running[key] for key in gone)
+
+    def _publish(self) -> None:
+        """What onlookers are told of steps that run; their ends tell the last of it themselves."""
+        news = [(run, run.context.published) for run in self._beside.detached() if run.is_recorded]
+        told = [(run, of) for run, of in news if of is not None and of is not run.published]
+        if not told:
+            return
+        side_statements.publish_detached(self.connection, self.owner, {run.key: bytes(of).decode() for run, of in told})
+        for run, of in told:
+            run.published = of
 
     def _report(self) -> None:
         said: dict[str, Run] = {}

@@ -33,7 +33,7 @@ THREAD_IDLE_S = 10.0
 class Run:
     """One run of a step. ``shard``: its workflow's; ``crashes``: how many processes have died with this step.
 
-    ``is_recorded``: its row is committed; ``reported``: the progress that was written last.
+    ``is_recorded``: its row is committed; ``reported``, ``published``: what of its progress was written last.
     """
 
     __slots__ = (
@@ -46,6 +46,7 @@ class Run:
         "is_recorded",
         "latch",
         "late_since",
+        "published",
         "reported",
         "result",
         "shard",
@@ -65,6 +66,7 @@ class Run:
         self.late_since: float | None = None
         self.took_s = 0.0
         self.reported = self.context.said
+        self.published = self.context.published
         self.latch: Latch | None = None
         self.canceller: asyncio.Task[None] | None = None
         self.thread_id: int | None = None

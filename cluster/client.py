@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster import schema, side_statements, statements
+from durable_cluster import coordination, schema, side_statements, statements
 from durable_cluster.context import short_id
-from durable_cluster.database import CONNECTION_LOST, connect
+from durable_cluster.database import CONNECTION_LOST, connect_client
 from durable_cluster.embedded import EmbeddedPostgres
 from durable_cluster.envelope import encode
 from durable_cluster.errors import (
@@ -31,6 +32,7 @@ from durable_cluster.errors import (
     WorkflowStuck,
 )
 from durable_cluster.joins import ChildResult, Results
+from durable_cluster.notes import Attributes, encoded_attributes
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
 
@@ -86,7 +88,7 @@ class Client:
         """This thread's connection. Never one inherited over a fork: closing that would end the parent's session."""
         known, pid = getattr(self._local, "connection", None), getattr(self._local, "pid", None)
         if known is None or pid != os.getpid() or known.closed or known.broken:
-            known = connect(self.dsn, name="durable-cluster client")
+            known = connect_client(self.dsn, name="durable-cluster client")
             self._local.connection, self._local.pid = known, os.getpid()
             with self._lock:
                 self._keep(known)
@@ -110,11 +112,26 @@ class Client:
         *,
         key: str | None,
         begin: timedelta | datetime | None,
+        attributes: str | None,
         tx: psycopg.Connection[Any] | None,
+        priority: float = 1,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
         where = tx if tx is not None else self.connection()
-        return statements.start(where, workflow, version=version, step=step, payload=payload, key=key, begin=begin)[0]
+        with nullcontext() if priority == 1 else where.transaction():
+            workflow_id, is_new = statements.start(
+                where,
+                workflow,
+                version=version,
+                step=step,
+                payload=payload,
+                key=key,
+                begin=begin,
+                attributes=attributes,
+            )
+            if is_new and priority != 1:
+                coordination.set_priority(where, [workflow_id], priority)
+        return workflow_id
 
     def start_many(
         self,
@@ -125,13 +142,25 @@ class Client:
         *,
         keys: Sequence[str] | None,
         begin: timedelta | datetime | None,
+        attributes: Sequence[str] | None,
         tx: psycopg.Connection[Any] | None,
+        priority: float = 1,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
         where = tx if tx is not None else self.connection()
-        rows = statements.start_many(
-            where, workflow, version=version, step=step, payloads=payloads, keys=keys, begin=begin
-        )
+        with nullcontext() if priority == 1 else where.transaction():
+            rows = statements.start_many(
+                where,
+                workflow,
+                version=version,
+                step=step,
+                payloads=payloads,
+                keys=keys,
+                begin=begin,
+                attributes=attributes,
+            )
+            if priority != 1:
+                coordination.set_priority(where, [workflow_id for workflow_id, is_new in rows if is_new], priority)
         return [workflow_id for workflow_id, _ in rows]
 
     def by_key(self, workflow: str, key: str) -> Handle:
@@ -151,7 +180,7 @@ class Client:
 
     def children(self, parent_id: str, first: int, limit: int) -> list[ChildResult]:
         """So many of the children that a workflow spawned last, from number ``first`` on."""
-        return side_statements.children_of(self.connection(), [parent_id], first=first, limit=limit)[parent_id]
+        return coordination.children_of(self.connection(), [parent_id], first=first, limit=limit)[parent_id]
 
     def close(self) -> None:
         """Close every connection of this process, then let go of the local Postgres."""
@@ -253,16 +282,40 @@ class Handle:
         where = tx if tx is not None else self._client.connection()
         return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
 
+    def set_priority(self, priority: float) -> bool:
+        """A weight from 0.1 to 10 (1 is usual) from its next step on. Whether the workflow lives. Raises InputError."""
+        return coordination.set_priority(self._client.connection(), [self.id], priority) > 0
+
     def pause(self, *, actor: str | None = None) -> bool:
         """From its next step on the workflow stands still, until ``resume``. Whether that is new.
 
         Signals, timers and cancels still reach it. The database role has to be an operator. Raises UnknownWorkflow.
         """
-        return side_statements.pause(self._client.connection(), "workflow", self.id, actor=actor)
+        return coordination.pause(self._client.connection(), "workflow", self.id, actor=actor)
 
     def resume(self) -> bool:
         """Go on after a pause. Whether there was one. Raises UnknownWorkflow."""
-        return side_statements.resume(self._client.connection(), "workflow", self.id) is not None
+        return coordination.resume(self._client.connection(), "workflow", self.id) is not None
+
+    def set_attributes(
+        self, attributes: Attributes, *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None
+    ) -> None:
+        """Change what the workflow is found by: the given names (texts, numbers, booleans), None takes one away.
+
+        Seen once a cluster has come by; with ``tx`` sent in that transaction. Raises UnknownWorkflow, InputError.
+        """
+        where = tx if tx is not None else self._client.connection()
+        side_statements.set_attributes(where, self.id, encoded_attributes(attributes), actor=actor)
+
+    def attributes(self) -> dict[str, Any]:
+        """What it is found by."""
+        found: dict[str, Any] = msgspec.json.decode(side_statements.attributes_of(self._client.connection(), self.id))
+        return found
+
+    def progress(self) -> Any:
+        """What it last published with ``ctx.set_progress`` (plain JSON values); None if it never did."""
+        published = side_statements.progress_of(self._client.connection(), self.id)
+        return None if published is None else msgspec.json.decode(published)
 
     def children(self) -> Results:
         """The children that it spawned last, and what became of them."""

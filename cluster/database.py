@@ -10,7 +10,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.errors import ReadOnlySqlTransaction
 
 from durable_cluster.errors import ConfigurationError, ConnectionFailed, HandlerError
-from durable_cluster.settings import Settings
+from durable_cluster.settings import Settings, environment
 
 CONNECT_TIMEOUT_S = 10
 ENDS_A_TRANSACTION = re.compile(
@@ -47,6 +47,15 @@ def connect(
         raise ConfigurationError("the DSN cannot be read; write it as postgresql://user@host/database") from None
     except psycopg.OperationalError as error:
         raise ConnectionFailed(f"cannot connect to {server_name(dsn)}: {_first_line(error)}") from error
+
+
+def connect_client(dsn: str, *, name: str) -> psycopg.Connection[Any]:
+    """As ``connect``, for programs and commands: the audit is told on whose behalf they act, if ``DURABLE_ACTOR`` says it."""
+    connection = connect(dsn, name=name)
+    actor = environment().actor
+    if actor is not None:
+        connection.execute("select set_config('durable.actor', %s, false)", (actor,))
+    return connection
 
 
 class StepCursor(psycopg.Cursor[Any]):

@@ -92,6 +92,7 @@ class Header(msgspec.Struct, frozen=True):
 
     ``suspects``: so many lines from here on run one by one, because a process died with one of them.
     ``cancelled``: which of their workflows are, and why. ``paused``: ids, and names of types.
+    ``weights``: by id, 1 for others; ``heaviest``: of who is ready behind this page.
     """
 
     batch: int
@@ -102,6 +103,8 @@ class Header(msgspec.Struct, frozen=True):
     events: list[tuple[str, int]]
     cancelled: dict[str, str] = {}
     paused: frozenset[str] = frozenset()
+    weights: dict[str, float] = {}
+    heaviest: float = 0.0
 
 
 class AmbiguousPage(Exception):

@@ -25,6 +25,7 @@ from durable_cluster.errors import (
 )
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.limits import LIMIT, OF_STEP, OF_WORKFLOW, Pump, Queued, pump_of, without_permit
+from durable_cluster.notes import SETTING, Noted, Setting, setting_of
 from durable_cluster.signals import CANCEL, SIGNAL, Cancel, Delivery, Waiting, message_of, token_seq_of
 from durable_cluster.statements import Outcome
 
@@ -68,9 +69,8 @@ class Parked(msgspec.Struct, frozen=True):
     envelope: Envelope
 
 
-Result = (
-    Envelope | Outcome | Later | Parked | Queued | Pump | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
-)
+OnTheWay = Delivery | Cancel | Setting | Pump
+Result = Envelope | Outcome | Later | Parked | Queued | Waiting | Spawning | Joining | OnTheWay | DeadLetter | Noted
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
@@ -83,7 +83,7 @@ class Task(msgspec.Struct, frozen=True, gc=False):
 
 
 def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result | None:
-    """The task for an envelope, or the signal or cancel that it is; None for one that nobody can have sent.
+    """The task for an envelope, or the signal, cancel or change of attributes that it is; None for one that nobody can have sent.
 
     One that this code knows no handler for waits for a process that does, for ``limit_s`` seconds in all: during a deployment
     old and new code run side by side.
@@ -96,6 +96,8 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
             return message_of(envelope)
         if envelope.workflow == LIMIT:
             return pump_of(envelope)
+        if envelope.workflow == SETTING:
+            return setting_of(envelope)
         return _unrouted(envelope, machines, limit_s)
 
 
@@ -122,7 +124,7 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
 
 def is_paused(envelope: Envelope, paused: Collection[str]) -> bool:
     """Whether a step has to wait for the end of a pause: signals and cancels do not, nor what cleans up after a cancel."""
-    if envelope.cancelled or envelope.workflow in (SIGNAL, CANCEL, LIMIT):
+    if envelope.cancelled or envelope.workflow.startswith("@"):
         return False
     return envelope.workflow in paused or envelope.workflow_id in paused
 
@@ -148,7 +150,7 @@ def queued(task: Task) -> Result | None:
 
 def call(task: Task, context: Context) -> Result:
     """Run a ``def`` step and let what it raises pass: what a transactional step did must then be rolled back."""
-    return conclude(task, task.step.handler(*_arguments(task, context)))
+    return context.noted(conclude(task, task.step.handler(*_arguments(task, context))))
 
 
 def run(task: Task, context: Context) -> Result:
@@ -164,7 +166,7 @@ async def run_async(task: Task, context: Context) -> Result:
     try:
         async with asyncio.timeout(task.step.timeout_s) as limit:
             returned = await task.step.handler(*_arguments(task, context))
-        return conclude(task, returned)
+        return context.noted(conclude(task, returned))
     except FAILURES as error:
         return failed(task, timed_out(task) if limit.expired() and isinstance(error, TimeoutError) else error, context)
 

@@ -13,23 +13,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import psycopg
 from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, SerializationFailure
 from psycopg.pq import TransactionStatus
 
-from durable_cluster import executor, side_statements, statements
-from durable_cluster.beside import Run
-from durable_cluster.context import Context, short_id
-from durable_cluster.envelope import Envelope, Page, encode, encode_chunks, encode_line
+from durable_cluster import executor, noting, side_results, side_statements, statements
+from durable_cluster.context import Context
+from durable_cluster.envelope import Envelope, Page, encode_chunks
 from durable_cluster.errors import HandlerError
-from durable_cluster.executor import DeadLetter, Later, Parked, Result, Task
-from durable_cluster.joins import Joining, Spawning
-from durable_cluster.limits import OF_STEP, Pump, Queued
+from durable_cluster.executor import Result, Task
 from durable_cluster.settings import Settings
-from durable_cluster.signals import Cancel, Delivery, Waiting
+from durable_cluster.side_results import NOT_IN_THE_LOG, Detached, Slot
 from durable_cluster.statements import Outcome
 
 logger = logging.getLogger("durable_cluster.handoff")
@@ -40,31 +37,12 @@ GROUP_SHRINKS_TO = 0.25
 CONFLICTS_MAX = 8
 
 
-class Detached(msgspec.Struct, frozen=True):
-    """A step that leaves its page: ``run`` goes on here, or without one any process may take it. ``crashes``: see ``Run``."""
-
-    envelope: Envelope
-    run: Run | None
-    crashes: int = 0
-
-
 class Answer(msgspec.Struct, frozen=True):
     """What a detached step of a workflow on ``shard`` came to."""
 
     envelope: Envelope
     shard: int
     result: Result | None
-
-
-Slot = Result | Task | Detached | None
-"""A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
-
-NotInTheLog = Later | Parked | Queued | Pump | Detached | Waiting | Spawning | Joining | Delivery | Cancel | DeadLetter
-NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))
-OfStripes = Later | Parked | Queued | Waiting | Spawning | Joining | Delivery | Cancel
-OF_STRIPES = frozenset(get_args(OfStripes))
-OfGroups = Spawning | Joining | Cancel
-OF_GROUPS = frozenset(get_args(OfGroups))
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,9 +148,11 @@ class Handoff:
                     results[index] = self._run(results[index], begin + index)
                 if tasks:
                     self._settle([begin + index for index in tasks], slots)
+                if refused := noting.write(self._connection, results):
+                    raise StepFailed(begin + min(refused), refused[min(refused)])
                 lines = page.lines[first + begin : first + end]
-                giving = _giving(lines, results) if self._has_permits else []
-                self._set_aside(window.shard, window.owner, results, giving)
+                giving = side_results.giving(lines, results) if self._has_permits else []
+                side_results.write(self._connection, results, shard=window.shard, owner=window.owner, giving=giving)
                 self._commit(window, page, results, first + begin, is_fenced=True)
         except NOBODYS_FAULT as error:
             raise Conflict from error
@@ -196,94 +176,16 @@ class Handoff:
             )
             # Of two answers for one step, of which the process has lost count, one counts.
             ours = list({one.envelope.key: one for one in answers if one.envelope.key in still}.values())
+            slots: list[Slot] = [one.result for one in ours]
+            for index, letter in noting.write(self._connection, slots).items():
+                slots[index] = letter
             for shard in sorted({one.shard for one in ours}):
-                of_shard = [one for one in ours if one.shard == shard]
-                results: list[Slot] = [one.result for one in of_shard]
-                self._set_aside(shard, owner, results, _giving([one.envelope for one in of_shard], results))
+                results = [slot for slot, one in zip(slots, ours, strict=True) if one.shard == shard]
+                giving = side_results.giving([one.envelope for one in ours if one.shard == shard], results)
+                side_results.write(self._connection, results, shard=shard, owner=owner, giving=giving)
                 steps, counts, outcomes = self._for_the_log(results)
                 statements.hand_on(self._connection, shard=shard, steps=steps, counts=counts, outcomes=outcomes)
         return len(ours)
-
-    def _set_aside(self, shard: int, owner: int, results: list[Slot], giving: Sequence[Envelope]) -> None:
-        """Write what does not go on in the log: timers, detached steps, dead letters. In the transaction that hands the rest on.
-
-        ``giving``: step events whose permits are given back.
-        """
-        for index, slot in enumerate(results):
-            if isinstance(slot, NotInTheLog) and not slot.envelope.is_of_a_workflow:
-                logger.error("a line of the log has no workflow's id; it is passed over")
-                results[index] = None
-        self._lock(results, giving)
-        if later := [slot for slot in results if isinstance(slot, Later)]:
-            side_statements.schedule(
-                self._connection, [slot.envelope for slot in later], [slot.delay_s for slot in later]
-            )
-        if parked := [slot.envelope for slot in results if isinstance(slot, Parked)]:
-            side_statements.park(self._connection, parked)
-        if detached := [slot for slot in results if isinstance(slot, Detached)]:
-            side_statements.detach(
-                self._connection,
-                shard=shard,
-                owners=[0 if slot.run is None else owner for slot in detached],
-                envelopes=[slot.envelope for slot in detached],
-                crashes=[slot.crashes for slot in detached],
-            )
-        self._set_waiting(results)
-        self._pass_on_permits(results, giving)
-        if dead := [slot for slot in results if isinstance(slot, DeadLetter)]:
-            side_statements.bury(
-                self._connection,
-                [encode_line(slot.envelope) for slot in dead],
-                [slot.reason for slot in dead],
-                [encode(slot.details).decode() for slot in dead],
-            )
-            for slot in dead:
-                of = slot.envelope
-                short = short_id(of.workflow_id)
-                logger.warning("step '%s' of '%s' %s… is a dead letter (%s)", of.step, of.workflow, short, slot.reason)
-
-    def _lock(self, results: list[Slot], giving: Sequence[Envelope]) -> None:
-        """Sleeps, waits, signals and cancels of one workflow exclude each other, and so do counts of one group of children.
-
-        Where several statements would lock, all is locked ahead, in one order: stripes, groups, counts of limits.
-        """
-        kinds = set(map(type, results))
-        if len(kinds & OF_STRIPES) > 1 or Joining in kinds:
-            ids = [slot.envelope.workflow_id for slot in results if isinstance(slot, OfStripes)]
-            side_statements.lock_stripes(self._connection, ids)
-        if kinds & OF_GROUPS:
-            parents = [slot.envelope.workflow_id for slot in results if isinstance(slot, OfGroups)]
-            ended = [slot.workflow_id for slot in results if type(slot) is Outcome]
-            side_statements.lock_groups(self._connection, parents, ended)
-        queued = [slot for slot in results if isinstance(slot, Queued | Pump)]
-        if queued or giving:
-            ended = [slot.workflow_id for slot in results if type(slot) is Outcome]
-            side_statements.lock_ahead(self._connection, queued, [*(one.workflow_id for one in giving), *ended])
-
-    def _set_waiting(self, results: list[Slot]) -> None:
-        """Children are started, and waits begin and end. Who only spawned goes on in the log."""
-        if spawning := [slot for slot in results if isinstance(slot, Spawning | Joining) and slot.children]:
-            side_statements.spawn(self._connection, spawning)
-        if joining := [slot for slot in results if isinstance(slot, Joining)]:
-            side_statements.await_children(self._connection, joining)
-        for index, slot in enumerate(results):
-            if isinstance(slot, Spawning):
-                results[index] = slot.envelope
-        if waiting := [slot for slot in results if isinstance(slot, Waiting)]:
-            side_statements.await_signals(self._connection, waiting)
-        if cancels := [slot for slot in results if isinstance(slot, Cancel)]:
-            side_statements.deliver_cancels(self._connection, cancels)
-        deliveries = [slot for slot in results if isinstance(slot, Delivery)]
-        if deliveries and (dropped := side_statements.deliver(self._connection, deliveries)):
-            logger.warning("%d signals were dropped: their workflows have ended, or their mailboxes are full", dropped)
-
-    def _pass_on_permits(self, results: list[Slot], giving: Sequence[Envelope]) -> None:
-        if giving:
-            side_statements.give_back(self._connection, giving)
-        if queued := [slot for slot in results if isinstance(slot, Queued)]:
-            side_statements.take_permits(self._connection, queued)
-        if pumps := [slot for slot in results if isinstance(slot, Pump)]:
-            side_statements.pump(self._connection, pumps)
 
     def _run(self, task: Slot, index: int) -> Result:
         """Run one transactional step. Raises StepFailed, or Conflict where it is nobody's fault."""
@@ -373,15 +275,6 @@ class Handoff:
 
     def _limit_statements(self, timeout_s: float) -> None:
         self._connection.execute("select set_config('statement_timeout', %s, true)", (str(int(timeout_s * 1000) or 1),))
-
-
-def _giving(lines: Sequence[Envelope | None], results: Sequence[Slot]) -> list[Envelope]:
-    """Of these lines, those whose permits are given back with these results: not while a step runs on, or is put back as it is."""
-    return [
-        line
-        for line, result in zip(lines, results, strict=True)
-        if line is not None and line.permit & OF_STEP and not isinstance(result, Detached) and result is not line
-    ]
 
 
 def _put_back(slots: list[Slot], begin: int, conflict: Conflict) -> None:

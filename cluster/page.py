@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
-from durable_cluster import executor, side_statements, statements
+from durable_cluster import coordination, executor, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
-from durable_cluster.executor import Parked, Task
-from durable_cluster.handoff import Answer, Detached, Handoff, Slot, Window
+from durable_cluster.executor import OnTheWay, Parked, Task
+from durable_cluster.handoff import Answer, Handoff, Window
 from durable_cluster.joins import ChildResult, Joining, Spawning
-from durable_cluster.limits import Pump, without_permit
+from durable_cluster.limits import without_permit
+from durable_cluster.notes import Noted
 from durable_cluster.settings import Settings
-from durable_cluster.signals import Cancel, Delivery
+from durable_cluster.side_results import Detached, Slot
 from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class PageRunner:
         self._crashes = 0
         self._cancelled: Mapping[str, str] = {}
         self._has_permits = False
+        self._weights: Mapping[str, float] = {}
+        self._heaviest = 0.0
         self._paused: frozenset[str] = frozenset()
         self._children: Mapping[str, list[ChildResult]] = {}
 
@@ -61,6 +65,7 @@ class PageRunner:
         self._cancelled, self._paused = page.header.cancelled, page.header.paused
         self._children = self._read_children(page)
         self._has_permits = False
+        self._weights, self._heaviest = page.header.weights, _heaviest(page)
         if page.header.suspects:
             return self._run_suspects(window, page)
         slots, runs = self._phase_1(page.lines, window.shard)
@@ -100,7 +105,7 @@ class PageRunner:
             if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
                 break
             slot = self._begin(envelope)
-            if isinstance(slot, Spawning | Joining):
+            if isinstance(slot, Spawning | Joining | Noted):
                 children += len(slot.children)
             if isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:
@@ -125,7 +130,7 @@ class PageRunner:
 
     def _read_children(self, page: Page) -> Mapping[str, list[ChildResult]]:
         parents = [envelope.workflow_id for envelope in page.lines if envelope is not None and envelope.has_children]
-        return side_statements.children_of(self._connection, parents) if parents else {}
+        return coordination.children_of(self._connection, parents) if parents else {}
 
     def _kind(self, run: Run) -> tuple[str, str]:
         return run.task.machine.name, run.task.step.name
@@ -134,13 +139,13 @@ class PageRunner:
         if envelope is None:
             logger.error("a line of the log is no step event; it is passed over")
             return None
-        if self._cancelled or self._paused:
+        if self._cancelled or self._paused or self._heaviest:
             envelope, instead = self._diverted(envelope)
             if instead is not None:
                 return instead
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
         if not isinstance(task, Task):
-            is_told = isinstance(task, Delivery | Cancel | Pump) or (task is not None and envelope.has_names)
+            is_told = isinstance(task, OnTheWay) or (task is not None and envelope.has_names)
             return task if is_told else self._begin(None)
         if envelope.has_children or not task.step.is_plain:
             return self._prepared(task)
@@ -158,6 +163,10 @@ class PageRunner:
         if self._paused and executor.is_paused(envelope, self._paused):
             self._has_permits |= envelope.permit > 0
             return envelope, Parked(without_permit(envelope))
+        if self._heaviest and not envelope.cancelled and envelope.workflow in self._machines:
+            share = self._weights.get(envelope.workflow_id, 1.0) / self._heaviest
+            if share < 1 and random.random() > share:
+                return envelope, envelope  # to the end of the log: its turn comes another time
         return envelope, None
 
     def _prepared(self, task: Task) -> Slot:
@@ -216,3 +225,12 @@ class PageRunner:
         """A detached step has ended: if it was quick after all, the next of its kind is waited for again."""
         if run.took_s < self._window_s:
             self._slow_steps.discard(self._kind(run))
+
+
+def _heaviest(page: Page) -> float:
+    """The weight that the others of this page have a share of; 0 while all are equal."""
+    weights = page.header.weights
+    if not weights and page.header.heaviest <= 1:
+        return 0.0
+    of_lines = (weights.get(envelope.workflow_id, 1.0) for envelope in page.lines if envelope is not None)
+    return max(page.header.heaviest, *of_lines, 0.0)

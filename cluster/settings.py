@@ -44,12 +44,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     restarts_max: int = 20
     restart_window_s: float = 60.0
     retention_days: int = 30
+    audit_days: int = 90
 
     def __post_init__(self) -> None:
-        if not isinstance(self.retention_days, int) or not 1 <= self.retention_days <= RETENTION_DAYS_MAX:
-            raise ConfigurationError(
-                f"setting retention_days: {self.retention_days} is out of range; choose 1 to {RETENTION_DAYS_MAX} whole days"
-            )
+        for name in ("retention_days", "audit_days"):
+            days = getattr(self, name)
+            if not isinstance(days, int) or not 1 <= days <= RETENTION_DAYS_MAX:
+                raise ConfigurationError(
+                    f"setting {name}: {days} is out of range; choose 1 to {RETENTION_DAYS_MAX} whole days"
+                )
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
@@ -57,12 +60,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """What the environment says; nothing else in the package reads it."""
+    """What the environment says; nothing else in the package reads it. ``actor``: on whose behalf, for the audit."""
 
     dsn: str | None
     data: Path
     pg_bin: Path | None
     otlp_endpoint: str | None
+    actor: str | None = None
 
 
 def environment() -> Environment:
@@ -75,6 +79,7 @@ def environment() -> Environment:
         otlp_endpoint=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
         or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
         or None,
+        actor=os.environ.get("DURABLE_ACTOR") or None,
     )
 
 

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, LiteralString
 
 from durable_cluster.envelope import Envelope, encode_line
-from durable_cluster.errors import translated
-from durable_cluster.joins import RESULTS_AT_ONCE, ChildResult, Joining, Spawning, result_of
-from durable_cluster.limits import Pump, Queued
+from durable_cluster.errors import UnknownWorkflow, translated
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Connection, plain_cursor
 
@@ -18,84 +16,9 @@ def schedule(tx: Connection, envelopes: Sequence[Envelope], delays_s: Sequence[f
     columns = (
         [encode_line(one) for one in envelopes],
         [f"{delay * 1000:.3f}" for delay in delays_s],
-        [_mark(one) for one in envelopes],
+        [mark(one) for one in envelopes],
     )
-    _call_with_columns(tx, "schedule", columns)
-
-
-def park(tx: Connection, envelopes: Sequence[Envelope]) -> None:
-    """Step events that met a pause, in the transaction of their page; those whose pause is over by now go back to the log."""
-    columns = (
-        [one.workflow_id for one in envelopes],
-        [one.seq for one in envelopes],
-        [one.workflow for one in envelopes],
-        [encode_line(one) for one in envelopes],
-    )
-    _call_with_columns(tx, "park", columns)
-
-
-def lock_ahead(tx: Connection, queued: Sequence[Queued | Pump], giving_ids: Sequence[str]) -> None:
-    """Exclude everybody else's counts for these, and for the permits of these workflows, until ``tx`` ends."""
-    names = [one.limit.name if isinstance(one, Queued) else one.name for one in queued]
-    _call_with_columns(tx, "lock_ahead", (names, [one.key for one in queued], giving_ids))
-
-
-def take_permits(tx: Connection, queued: Sequence[Queued]) -> None:
-    """Steps that need a permit, in the transaction of their page: they come back through the log with it."""
-    columns = (
-        [one.envelope.workflow_id for one in queued],
-        [one.envelope.seq for one in queued],
-        [encode_line(one.envelope) for one in queued],
-        [one.permit_seq for one in queued],
-        [one.limit.name for one in queued],
-        [one.key for one in queued],
-        ["" if one.limit.concurrency is None else one.limit.concurrency for one in queued],
-        ["" if one.limit.rate is None else one.limit.rate for one in queued],
-        ["" if one.limit.period_s is None else one.limit.period_s * 1000 for one in queued],
-    )
-    _call_with_columns(tx, "take_permits", columns)
-
-
-def give_back(tx: Connection, envelopes: Sequence[Envelope]) -> None:
-    """The permits of steps that are handed on in ``tx``."""
-    _call_with_columns(tx, "give_back", ([one.workflow_id for one in envelopes], [one.seq for one in envelopes]))
-
-
-def pump(tx: Connection, pumps: Sequence[Pump]) -> None:
-    """Rates that let somebody pass now."""
-    _call_with_columns(tx, "pump", ([one.name for one in pumps], [one.key for one in pumps]))
-
-
-def set_limit(
-    connection: Connection, name: str, *, concurrency: int | None, rate: int | None, period_s: float | None
-) -> None:
-    """These numbers in place of what the code declares. Raises InputError."""
-    with translated():
-        plain_cursor(connection).execute(
-            "select durable.set_limit(%s, %s::int, %s::int, make_interval(secs => coalesce(%s::float8, 1)))",
-            (name, concurrency, rate, period_s),
-        )
-
-
-def reset_limit(connection: Connection, name: str) -> bool:
-    """What the code declares counts again; whether something else did."""
-    with translated():
-        row = plain_cursor(connection).execute("select durable.reset_limit(%s)", (name,)).fetchone()
-    return bool(row and row[0])
-
-
-def pause(connection: Connection, scope: str, name: str, *, actor: str | None) -> bool:
-    """Let no step of a 'workflow', a 'type' or a 'shard' begin; whether that is new. Raises UnknownWorkflow, InputError."""
-    with translated():
-        row = plain_cursor(connection).execute("select durable.pause(%s, %s, %s)", (scope, name, actor)).fetchone()
-    return bool(row and row[0])
-
-
-def resume(connection: Connection, scope: str, name: str) -> int | None:
-    """Take a pause back; how many step events it held, None if there was none. Raises UnknownWorkflow, InputError."""
-    with translated():
-        row = plain_cursor(connection).execute("select durable.resume(%s, %s)", (scope, name)).fetchone()
-    return None if row is None else row[0]
+    call_with_columns(tx, "schedule", columns)
 
 
 def sweep(connection: Connection) -> int:
@@ -115,11 +38,21 @@ def next_due(connection: Connection) -> float | None:
 def signal(
     tx: Connection, workflow_id: str, name: str, payload: str, *, key: str | None, token: str | None, actor: str | None
 ) -> None:
-    """Send a signal (``payload``: JSON), in the transaction of ``tx``. Raises UnknownWorkflow, InputError."""
+    """Send a signal (``payload``: JSON), in the transaction of ``tx``. Raises UnknownWorkflow, InputError.
+
+    A refusal leaves the transaction as good as it was, and with it, if the audit is on, its row there.
+    """
     with translated():
-        plain_cursor(tx).execute(
-            "select durable.signal(%s::uuid, %s, %s, %s, %s, %s)", (workflow_id, name, payload, key, token, actor)
+        row = (
+            plain_cursor(tx)
+            .execute(
+                "select durable.send_signal(%s::uuid, %s, %s, %s, %s, %s)",
+                (workflow_id, name, payload, key, token, actor),
+            )
+            .fetchone()
         )
+    if row and row[0] is not None:
+        raise UnknownWorkflow(row[0])
 
 
 def secret(connection: Connection) -> bytes:
@@ -146,9 +79,9 @@ def await_signals(tx: Connection, waiting: Sequence[Waiting]) -> None:
         [encode_line(one.late) for one in waiting],
         ["" if one.timeout_s is None else f"{one.timeout_s * 1000:.3f}" for one in waiting],
         ["" if one.token_seq is None else one.token_seq for one in waiting],
-        [_mark(one.envelope) for one in waiting],
+        [mark(one.envelope) for one in waiting],
     )
-    _call_with_columns(tx, "await_signals", columns)
+    call_with_columns(tx, "await_signals", columns)
 
 
 def deliver(tx: Connection, deliveries: Sequence[Delivery]) -> int:
@@ -160,7 +93,7 @@ def deliver(tx: Connection, deliveries: Sequence[Delivery]) -> int:
         [one.key for one in deliveries],
         ["" if one.token_seq is None else one.token_seq for one in deliveries],
     )
-    return int(_call_with_columns(tx, "deliver", columns))
+    return int(call_with_columns(tx, "deliver", columns))
 
 
 def deliver_cancels(tx: Connection, cancels: Sequence[Cancel]) -> None:
@@ -171,7 +104,7 @@ def deliver_cancels(tx: Connection, cancels: Sequence[Cancel]) -> None:
         [one.actor for one in cancels],
         ["1" if one.cascades else "" for one in cancels],
     )
-    _call_with_columns(tx, "deliver_cancels", columns)
+    call_with_columns(tx, "deliver_cancels", columns)
 
 
 def cancel(tx: Connection, workflow_id: str, *, reason: str, actor: str | None, cascade: bool) -> bool:
@@ -185,67 +118,51 @@ def cancel(tx: Connection, workflow_id: str, *, reason: str, actor: str | None, 
     return bool(row and row[0])
 
 
-def lock_groups(tx: Connection, parent_ids: Sequence[str], ended_ids: Sequence[str]) -> None:
-    """Exclude everybody else's counts of these parents' children, and of the parents of what ends in ``tx``, until it ends."""
-    _call_with_columns(tx, "lock_groups", (parent_ids, ended_ids))
+def merge_attributes(tx: Connection, changes: Mapping[str, str]) -> set[str]:
+    """Changes of a page's workflows (JSON by id), in its transaction; the ids that would have too many, and keep what they have."""
+    found = call_with_columns(tx, "merge_attributes", (list(changes), list(changes.values())))
+    return set(found.split("\n")) - {""}
 
 
-def spawn(tx: Connection, spawning: Sequence[Spawning | Joining]) -> None:
-    """Start the children of these steps, in the transaction of their page."""
-    children = [child for one in spawning for child in one.children]
-    columns = (
-        [one.envelope.workflow_id for one in spawning],
-        [one.seq for one in spawning],
-        [len(one.children) for one in spawning],
-        [_mark(one.envelope) for one in spawning],
-        [child.workflow for child in children],
-        [child.version for child in children],
-        [child.step for child in children],
-        [child.input for child in children],
-        [f"{child.delay_s * 1000:.3f}" for child in children],
-    )
-    _call_with_columns(tx, "spawn", columns)
-
-
-def await_children(tx: Connection, joining: Sequence[Joining]) -> None:
-    """Parents that wait for their children from now on, or go on at once where enough have ended. In their page's transaction."""
-    columns = (
-        [one.envelope.workflow_id for one in joining],
-        [one.envelope.seq for one in joining],
-        [encode_line(one.envelope) for one in joining],
-        [encode_line(one.late) for one in joining],
-        ["" if one.timeout_s is None else f"{one.timeout_s * 1000:.3f}" for one in joining],
-        ["" if one.needed is None else one.needed for one in joining],
-        ["" if one.tolerance is None else one.tolerance for one in joining],
-        ["1" if one.cancels_rest else "" for one in joining],
-        [_mark(one.envelope) for one in joining],
-    )
-    _call_with_columns(tx, "await_children", columns)
-
-
-def children_of(
-    connection: Connection, parent_ids: Sequence[str], *, first: int = 0, limit: int = RESULTS_AT_ONCE
-) -> dict[str, list[ChildResult]]:
-    """So many of the last group of each workflow's children, from number ``first`` on."""
-    found: dict[str, list[ChildResult]] = {parent_id: [] for parent_id in parent_ids}
+def set_attributes(tx: Connection, workflow_id: str, attributes: str, *, actor: str | None) -> None:
+    """Change a workflow's attributes (JSON), in the transaction of ``tx``. Raises UnknownWorkflow, InputError."""
     with translated():
-        rows = plain_cursor(connection).execute(
-            "select durable.hex(parent), number, durable.hex(id), workflow, status, output from durable.children_of(%s, %s, %s)",
-            ("\n".join(parent_ids), first, limit),
+        plain_cursor(tx).execute("select durable.set_attributes(%s::uuid, %s, %s)", (workflow_id, attributes, actor))
+
+
+def attributes_of(connection: Connection, workflow_id: str) -> str:
+    """A workflow's attributes, as JSON."""
+    with translated():
+        row = (
+            plain_cursor(connection).execute("select durable.attributes_of(%s::uuid)::text", (workflow_id,)).fetchone()
         )
-        for parent_id, *row in rows:
-            found[parent_id].append(result_of(*row))
-    return found
+    assert row is not None
+    return str(row[0])
 
 
-def group_of(connection: Connection, parent_id: str) -> tuple[int, int, int] | None:
-    """How many children the last group of a workflow has, and how many completed and failed; None if it never spawned any."""
+def publish(tx: Connection, progress: Mapping[str, str]) -> None:
+    """Progress of a page's workflows (JSON by id), in its transaction."""
+    call_with_columns(tx, "publish", (list(progress), list(progress.values())))
+
+
+def publish_detached(connection: Connection, owner: int, progress: Mapping[str, str]) -> None:
+    """Progress of detached steps that run (JSON by key), as far as they are still ``owner``'s."""
     with translated():
-        return (
+        plain_cursor(connection).execute(
+            "select durable.publish_detached(%s::bigint, %s, %s)",
+            (owner, "\n".join(progress), "\n".join(progress.values())),
+        )
+
+
+def progress_of(connection: Connection, workflow_id: str) -> str | None:
+    """What a workflow last published, as JSON; None if it never did."""
+    with translated():
+        row = (
             plain_cursor(connection)
-            .execute("select total, completed, failed from durable.group_of(%s::uuid)", (parent_id,))
+            .execute("select progress from durable.progress_of(%s::uuid)", (workflow_id,))
             .fetchone()
         )
+    return row[0] if row else None
 
 
 def taken_away(connection: Connection, owner: int, keys: Sequence[str]) -> set[str]:
@@ -259,12 +176,12 @@ def taken_away(connection: Connection, owner: int, keys: Sequence[str]) -> set[s
     return set(row[0].split("\n")) - {""} if row else set()
 
 
-def _mark(envelope: Envelope) -> str:
+def mark(envelope: Envelope) -> str:
     """What says that a step belongs to the cleanup after a cancel."""
     return "1" if envelope.cancelled else ""
 
 
-def _call_with_columns(tx: Connection, function: LiteralString, columns: Sequence[Sequence[object]]) -> Any:
+def call_with_columns(tx: Connection, function: LiteralString, columns: Sequence[Sequence[object]]) -> Any:
     """A function that takes columns as texts, a value a line."""
     texts = ["\n".join(map(str, column)) for column in columns]
     with translated():

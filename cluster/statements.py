@@ -62,17 +62,18 @@ def start(
     payload: str,
     key: str | None,
     begin: timedelta | datetime | None = None,
+    attributes: str | None = None,
 ) -> tuple[str, bool]:
     """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``.
 
-    ``begin``: when its first step is delivered: after how long, or at what time of the database's clock.
+    ``begin``: when its first step is delivered: after how long, or at what time of the database's clock. ``attributes``: JSON.
     """
     with translated():
         row = (
             plain_cursor(tx)
             .execute(
-                f"select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s, {_after(begin)})",
-                (workflow, version, step, payload, key, begin),
+                f"select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s, {_after(begin)}, %s)",
+                (workflow, version, step, payload, key, begin, attributes),
             )
             .fetchone()
         )
@@ -89,17 +90,22 @@ def start_many(
     payloads: Sequence[str],
     keys: Sequence[str] | None,
     begin: timedelta | datetime | None = None,
+    attributes: Sequence[str] | None = None,
 ) -> list[tuple[str, bool]]:
-    """As ``start`` for many payloads, in their order."""
+    """As ``start`` for many payloads, in their order. ``attributes``: one for each, or one for all."""
     with translated():
         return (
             plain_cursor(tx)
             .execute(
-                f"select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s, {_after(begin)})",
-                (workflow, version, step, "\n".join(payloads), None if keys is None else "\n".join(keys), begin),
+                f"select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s, {_after(begin)}, %s)",
+                (workflow, version, step, "\n".join(payloads), _lines(keys), begin, _lines(attributes)),
             )
             .fetchall()
         )
+
+
+def _lines(values: Sequence[str] | None) -> str | None:
+    return None if values is None else "\n".join(values)
 
 
 def _after(begin: timedelta | datetime | None) -> LiteralString:

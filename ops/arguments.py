@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from durable_cluster.ops.letters import REASONS
-from durable_cluster.ops.show import STATUSES
 from durable_cluster.ops.terminal import PROGRAM, BadUsage
+from durable_cluster.ops.values import attribute, moment
+from durable_cluster.search import LIMIT_MAX, STATUSES
 from durable_cluster.settings import SHARDS_MAX
 
 COUNT_MAX = 10_000_000
-LIST_MAX = 10_000
 CONSUMERS_MAX = 16
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ABOUT = "Durable, crash-proof workflows on the Postgres you already run."
@@ -66,6 +66,7 @@ def parser() -> Parser:
     )
     run.add_argument("--count", type=_between(1, COUNT_MAX), default=1, metavar="N", help="start so many")
     run.add_argument("--key", help="the same key gives the same workflow")
+    _add_attributes(run, "what 'list' finds it by; may be repeated")
     run.add_argument("--wait", action="store_true", help="wait for the end and print the result")
     run.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so many seconds (implies --wait)")
     _add_app(run)
@@ -79,12 +80,13 @@ def parser() -> Parser:
     )
     _add_pause(command("resume", "let go on what was paused"))
 
+    priority = command("priority", "give a workflow a larger or smaller share of the turns")
+    priority.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    priority.add_argument("weight", type=float, metavar="WEIGHT", help="0.1 to 10; 1 is usual")
+
     command("status", "show the cluster, shard by shard")
 
-    list_ = command("list", "list workflows, newest first")
-    list_.add_argument("--workflow", metavar="NAME")
-    list_.add_argument("--status", choices=STATUSES)
-    list_.add_argument("--limit", type=_between(1, LIST_MAX), default=50, metavar="N")
+    _add_list(command("list", "list workflows, newest first"))
 
     show = command("show", "show one workflow")
     show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
@@ -92,6 +94,7 @@ def parser() -> Parser:
     _add_dead_letters(commands)
     _add_limits(commands)
     _add_schedules(commands)
+    _add_audit(commands)
 
     stop = command("stop", "stop the cluster that runs from --data")
     stop.add_argument("--now", action="store_true", help="do not let running steps end")
@@ -152,6 +155,42 @@ def _add_demo(demo: Parser) -> None:
     _add_log_level(demo, default="error")
 
 
+def _add_list(list_: Parser) -> None:
+    list_.add_argument("--workflow", metavar="NAME")
+    list_.add_argument("--status", choices=STATUSES)
+    _add_attributes(list_, "those that have it; may be repeated")
+    list_.add_argument("--from", dest="started_from", type=moment, metavar="TIME", help="started then or later")
+    list_.add_argument("--to", dest="started_to", type=moment, metavar="TIME", help="started earlier")
+    list_.add_argument("--parent", metavar="ID", help="the children of that workflow: an id, or its first digits")
+    list_.add_argument("--key", help="started with it")
+    list_.add_argument("--limit", type=_between(1, LIMIT_MAX), default=50, metavar="N")
+    list_.add_argument("--after", metavar="CURSOR", help="go on after the list that ended with it")
+
+
+def _add_audit(commands: Commands) -> None:
+    about = "record who does what to workflows, and read the record"
+    group = commands.add_parser("audit", help=about, description=f"{about}.", epilog=ORDER, allow_abbrev=False)
+    actions = group.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    for name, help_ in (("on", "begin the record"), ("off", "end it; what there is stays")):
+        switch = _add_command(actions, name, help_)
+        switch.add_argument("--actor", metavar="WHO", help="who says so")
+    list_ = _add_command(actions, "list", "show it, newest first")
+    list_.add_argument("--id", metavar="ID", help="of one workflow: its id, or the first digits")
+    list_.add_argument("--actor", metavar="WHO")
+    list_.add_argument("--what", metavar="WHAT", help="start, signal, signal_refused, resume, timeout, cancel, …")
+    list_.add_argument("--since", type=moment, metavar="TIME")
+    list_.add_argument("--limit", type=_between(1, LIMIT_MAX), default=50, metavar="N")
+    export = _add_command(actions, "export", "write it out, oldest first, before retention drops it")
+    export.add_argument("--since", type=moment, metavar="TIME", help="from then on")
+    export.add_argument("--before", type=moment, metavar="TIME", help="up to then")
+    export.add_argument("--format", choices=("jsonl",), default="jsonl", help="one JSON object a line (jsonl)")
+    export.add_argument("--out", type=Path, metavar="FILE", help="where to (else standard output)")
+
+
+def _add_attributes(to: Parser, help_: str) -> None:
+    to.add_argument("--attribute", action="append", type=attribute, default=[], metavar="NAME=VALUE", help=help_)
+
+
 def _add_bench(commands: Commands) -> None:
     bench = _add_command(commands, "bench", "measure the hot path beside its peers and write a report")
     bench.epilog = (
@@ -207,7 +246,7 @@ def _add_dead_letters(commands: Commands) -> None:
 
     list_ = _add_command(actions, "list", "list dead letters, newest first")
     _add_letter_filter(list_)
-    list_.add_argument("--limit", type=_between(1, LIST_MAX), default=50, metavar="N")
+    list_.add_argument("--limit", type=_between(1, LIMIT_MAX), default=50, metavar="N")
 
     show = _add_command(actions, "show", "show one, with its state")
     show.add_argument("id", metavar="ID", help="the workflow's id, or the first digits of it")

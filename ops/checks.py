@@ -23,6 +23,8 @@ LISTEN_S_MAX = 2.0
 DAYS_AHEAD_MIN = 2
 CONNECTIONS_LEFT_MIN = 10
 LATE_S_MAX = 60.0
+DAY_S = 86_400
+EXPORT_DAYS = 7
 
 Connection = psycopg.Connection[Any]
 
@@ -182,6 +184,19 @@ def retention(connection: Connection) -> Finding:
             "nothing, if retention_days says so; else start a cluster, or see 'snapshots': a reader may hold the lock",
         )
     return _ok("retention", f"history reaches back {max(days, 0)} days")
+
+
+def audit(connection: Connection) -> Finding:
+    """What is recorded goes after ``audit_days``: who has to keep it longer exports it."""
+    is_on, oldest_s = lookups.audit_state(connection)
+    says = f"{'on' if is_on else 'off'}" + ("" if oldest_s is None else f", reaches back {elapsed(oldest_s)}")
+    if oldest_s is not None and oldest_s > (Settings().audit_days - EXPORT_DAYS) * DAY_S:
+        return _note(
+            "audit",
+            f"{says}: days older than audit_days ({Settings().audit_days}) are dropped",
+            "durable-cluster audit export --out FILE, if they are to be kept",
+        )
+    return _ok("audit", says)
 
 
 def consumers(connection: Connection) -> Finding:

@@ -15,6 +15,7 @@ from psycopg.errors import InsufficientPrivilege
 
 from durable_cluster.errors import DurableError
 from durable_cluster.ops import (
+    audit,
     bench,
     cancel,
     dead_letters,
@@ -23,6 +24,7 @@ from durable_cluster.ops import (
     install,
     limits,
     pause,
+    priority,
     psql,
     run,
     running,
@@ -36,6 +38,7 @@ from durable_cluster.ops.arguments import parser
 from durable_cluster.ops.letters import Filter
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal
+from durable_cluster.search import Which
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -132,6 +135,7 @@ def _run(terminal: Terminal, target: Target, options: argparse.Namespace) -> int
         text=options.input,
         count=options.count,
         key=options.key,
+        attributes=dict(options.attribute) or None,
         app_address=options.app,
         is_waiting=options.wait or options.timeout is not None,
         timeout_s=options.timeout,
@@ -139,7 +143,36 @@ def _run(terminal: Terminal, target: Target, options: argparse.Namespace) -> int
 
 
 def _list(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
-    return show.list_(terminal, target, workflow=options.workflow, status=options.status, limit=options.limit)
+    which = Which(
+        workflow=options.workflow,
+        status=options.status,
+        attributes=dict(options.attribute) or None,
+        started_from=options.started_from,
+        started_to=options.started_to,
+        parent=options.parent,
+        key=options.key,
+    )
+    return show.list_(terminal, target, which=which, limit=options.limit, after=options.after)
+
+
+def _audit(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return AUDIT[options.action](terminal, target, options)
+
+
+def _audit_list(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return audit.list_(
+        terminal,
+        target,
+        prefix=options.id,
+        actor=options.actor,
+        what=options.what,
+        since=options.since,
+        limit=options.limit,
+    )
+
+
+def _audit_export(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return audit.export(terminal, target, since=options.since, before=options.before, out=options.out)
 
 
 def _dead_letters(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
@@ -220,16 +253,27 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "pause": pause.pause,
     "resume": pause.resume,
+    "priority": lambda terminal, target, options: priority.priority(
+        terminal, target, prefix=options.id, weight=options.weight
+    ),
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),
     "dead-letters": _dead_letters,
     "limits": limits.limits,
     "schedules": _schedules,
+    "audit": _audit,
     "stop": _stop,
     "doctor": lambda terminal, target, options: doctor.doctor(terminal, target),
     "demo": _demo,
     "bench": lambda terminal, target, options: bench.bench(terminal, options),
+}
+
+AUDIT: Mapping[str, Command] = {
+    "on": lambda terminal, target, options: audit.switch(terminal, target, is_on=True, actor=options.actor),
+    "off": lambda terminal, target, options: audit.switch(terminal, target, is_on=False, actor=options.actor),
+    "list": _audit_list,
+    "export": _audit_export,
 }
 
 DEAD_LETTERS: Mapping[str, Command] = {

@@ -31,6 +31,7 @@ SCHEMA_CHECKS: Sequence[Check] = (
     checks.log_belongs_here,
     checks.partitions,
     checks.retention,
+    checks.audit,
     checks.consumers,
     checks.silent_windows,
     checks.rotation,

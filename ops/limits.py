@@ -6,7 +6,7 @@ import argparse
 
 import msgspec
 
-from durable_cluster import schema, side_statements
+from durable_cluster import coordination, schema
 from durable_cluster.limits import parsed_rate
 from durable_cluster.ops import lookups
 from durable_cluster.ops.lookups import LimitShown
@@ -30,13 +30,13 @@ def limits(terminal: Terminal, target: Target, options: argparse.Namespace) -> i
             terminal.answer(found, _lines(found))
             return 0
         if options.action == "reset":
-            has_changed = side_statements.reset_limit(connection, options.name)
+            has_changed = coordination.reset_limit(connection, options.name)
             told = "counts again as the code declares it" if has_changed else "was as the code declares it"
         else:
             if options.concurrency is None and options.rate is None:
                 raise BadUsage(f"give --concurrency N or --rate 100/1s; to undo: {PROGRAM} limits reset {options.name}")
             rate, period_s = (None, None) if options.rate is None else parsed_rate(options.name, options.rate)
-            side_statements.set_limit(
+            coordination.set_limit(
                 connection, options.name, concurrency=options.concurrency, rate=rate, period_s=period_s
             )
             has_changed, told = True, "is set, in place of what the code declares"

@@ -15,18 +15,6 @@ from durable_cluster.errors import translated
 Connection = psycopg.Connection[Any]
 
 
-class Listed(msgspec.Struct, frozen=True, kw_only=True):
-    """One workflow of a list; ``id`` is truncated."""
-
-    id: str
-    workflow: str
-    version: int
-    status: str
-    key: str | None
-    started_at: datetime
-    finished_at: datetime | None
-
-
 class ShardStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One shard: what waits in its log, who reads it, how old its newest tick is."""
 
@@ -101,15 +89,6 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     what: str
     age_s: float
     next_step: str
-
-
-def listed(connection: Connection, *, workflow: str | None, status: str | None, limit: int) -> list[Listed]:
-    """Workflows, newest first."""
-    with translated(), connection.cursor(row_factory=kwargs_row(Listed)) as cursor:
-        return cursor.execute(
-            "select id, workflow, version, status, key, started_at, finished_at from durable.list(%s, %s, %s::int)",
-            (workflow, status, limit),
-        ).fetchall()
 
 
 def shard_statuses(connection: Connection) -> list[ShardStatus]:
@@ -267,6 +246,16 @@ def horizon_holders(connection: Connection, *, older_than_s: float) -> list[Hold
             " order by age_s desc limit 5",
             {"age": older_than_s},
         ).fetchall()
+
+
+def audit_state(connection: Connection) -> tuple[bool, float | None]:
+    """Whether the audit is on, and the age of its oldest row in seconds."""
+    with translated():
+        row = connection.execute(
+            "select durable.is_audited(), extract(epoch from durable.now() - durable.audit_reaches_back())::float8"
+        ).fetchone()
+    assert row is not None
+    return row[0], row[1]
 
 
 def sees_all_sessions(connection: Connection) -> bool:

@@ -6,7 +6,7 @@ import argparse
 
 import msgspec
 
-from durable_cluster import schema, side_statements
+from durable_cluster import coordination, schema
 from durable_cluster.context import short_id
 from durable_cluster.ops.show import checked_prefix, whole_id
 from durable_cluster.ops.target import Target
@@ -31,7 +31,7 @@ def pause(terminal: Terminal, target: Target, options: argparse.Namespace) -> in
     with target.opened() as database, database.connect("pause") as connection:
         schema.demand_installed(connection)
         scope, name = _meant(connection, options)
-        is_new = side_statements.pause(connection, scope, name, actor=options.actor)
+        is_new = coordination.pause(connection, scope, name, actor=options.actor)
     shown, words = _shown(scope, name)
     told = (
         f"{words} is paused; go on with '{PROGRAM} resume {_option(scope, shown)}'"
@@ -47,7 +47,7 @@ def resume(terminal: Terminal, target: Target, options: argparse.Namespace) -> i
     with target.opened() as database, database.connect("resume") as connection:
         schema.demand_installed(connection)
         scope, name = _meant(connection, options)
-        freed = side_statements.resume(connection, scope, name)
+        freed = coordination.resume(connection, scope, name)
     shown, words = _shown(scope, name)
     told = f"{words} was not paused" if freed is None else f"{words} goes on; {freed:,} steps had been held"
     terminal.answer(Paused(scope=scope, name=shown, changed=freed is not None, step_events=freed), [told])

@@ -14,6 +14,7 @@ from durable_cluster.app import Machine
 from durable_cluster.client import Handle
 from durable_cluster.context import short_id
 from durable_cluster.errors import DurableError, ResultTimeout, WorkflowCancelled, WorkflowFailed, WorkflowStuck
+from durable_cluster.notes import Scalar
 from durable_cluster.ops.start import EXAMPLES, loaded
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import BadUsage, Terminal, pretty
@@ -41,6 +42,7 @@ def run(
     text: str,
     count: int,
     key: str | None,
+    attributes: dict[str, Scalar] | None,
     app_address: str | None,
     is_waiting: bool,
     timeout_s: float | None,
@@ -54,7 +56,7 @@ def run(
     with target.opened(app=app):
         try:
             schema.demand_installed(app.client.connection())
-            handles = _started(terminal, machine, value, count, key)
+            handles = _started(terminal, machine, value, count=count, key=key, attributes=attributes)
             terminal.say(handle.id for handle in handles)
             ended = _awaited(terminal, handles, timeout_s) if is_waiting else [_running(one) for one in handles]
         finally:
@@ -86,13 +88,21 @@ def _read(name: str, option: str) -> str:
         raise BadUsage(f"{option} @{name} is not UTF-8: {error}") from error
 
 
-def _started(terminal: Terminal, machine: Machine, value: Any, count: int, key: str | None) -> list[Handle]:
+def _started(
+    terminal: Terminal,
+    machine: Machine,
+    value: Any,
+    *,
+    count: int,
+    key: str | None,
+    attributes: dict[str, Scalar] | None,
+) -> list[Handle]:
     if count == 1:
-        return [machine.start(value, key=key)]
+        return [machine.start(value, key=key, attributes=attributes)]
     handles: list[Handle] = []
     with terminal.progress("started", count) as progress:
         while len(handles) < count:
-            some = machine.start_many([value] * min(START_MANY, count - len(handles)))
+            some = machine.start_many([value] * min(START_MANY, count - len(handles)), attributes=attributes)
             handles += some
             progress.advance(len(some))
     return handles

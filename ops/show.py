@@ -9,16 +9,16 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster import schema, statements
+from durable_cluster import schema, search, side_statements, statements
 from durable_cluster.context import SHORT_ID_DIGITS, short_id
+from durable_cluster.envelope import encode
 from durable_cluster.errors import UnknownWorkflow
-from durable_cluster.ops import lookups
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, pretty, table
+from durable_cluster.search import Which
 from durable_cluster.statements import Place, State
 
 THEN = {"sleeping": "sleeping", "waiting": "waiting for a signal", "joining": "waiting for its children"}
-STATUSES = ("running", "stuck", "completed", "failed", "cancelled")
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,20 +31,25 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime
     finished_at: datetime | None
     places: list[Place]
+    attributes: dict[str, Any] = {}
+    progress: Any = None
     output: Any = None
     failure: dict[str, Any] | None = None
 
 
-def list_(terminal: Terminal, target: Target, *, workflow: str | None, status: str | None, limit: int) -> int:
+def list_(terminal: Terminal, target: Target, *, which: Which, limit: int, after: str | None) -> int:
     """Workflows, newest first."""
     with target.opened() as database, database.connect("list") as connection:
         schema.demand_installed(connection)
-        found = lookups.listed(connection, workflow=workflow, status=status, limit=limit)
-    rows = [(one.id, one.workflow, one.status, moment(one.started_at), _took(one), one.key) for one in found]
-    lines = table(("id", "workflow", "status", "started", "took", "key"), rows)
+        found = search.listed(connection, which, limit=limit, after=after)
+    rows = [
+        (one.id, one.workflow, one.status, moment(one.started_at), _took(one), one.key, _told(one.attributes) or None)
+        for one in found
+    ]
+    lines = table(("id", "workflow", "status", "started", "took", "key", "attributes"), rows)
     terminal.answer(found, lines if found else ["no workflows"])
-    if len(found) == limit:
-        terminal.note(f"the newest {limit:,}; see more with --limit")
+    if len(found) >= limit:
+        terminal.note(f"the newest {len(found):,}; go on with --after {found[-1].cursor}")
     return 0
 
 
@@ -95,7 +100,13 @@ def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
     places = statements.locate(connection, workflow_id) if state.status == "running" else []
     if state.status == "running" and not places:
         state = statements.state_of(connection, workflow_id) or state
-    return _shown(short_id(workflow_id), state, places)
+    shown = _shown(short_id(workflow_id), state, places)
+    published = side_statements.progress_of(connection, workflow_id)
+    return msgspec.structs.replace(
+        shown,
+        attributes=msgspec.json.decode(side_statements.attributes_of(connection, workflow_id)),
+        progress=None if published is None else msgspec.json.decode(published),
+    )
 
 
 def _shown(short: str, state: State, places: list[Place]) -> Shown:
@@ -121,6 +132,10 @@ def _lines(shown: Shown) -> list[str]:
     ]
     if shown.finished_at is not None:
         lines.append(f"  finished  {moment(shown.finished_at)} ({_seconds(shown.finished_at - shown.started_at)})")
+    if shown.attributes:
+        lines.append(f"  found by  {_told(shown.attributes)}")
+    if shown.progress is not None:
+        lines.append(f"  progress  {encode(shown.progress).decode()}")
     lines += [f"  stands    {_standing(place, shown.id)}" for place in shown.places if place.place != "stuck"]
     if shown.status == "running" and not shown.places:
         lines.append("  stands    between two steps at the moment of looking")
@@ -155,7 +170,11 @@ def _standing(place: Place, of: str) -> str:
     return f"{place.place} {at}{silent}"
 
 
-def _took(listed: lookups.Listed) -> str | None:
+def _told(attributes: dict[str, Any]) -> str:
+    return " ".join(f"{key}={encode(value).decode()}" for key, value in sorted(attributes.items()))
+
+
+def _took(listed: search.Listed) -> str | None:
     return None if listed.finished_at is None else _seconds(listed.finished_at - listed.started_at)
 
 

@@ -12,7 +12,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from durable_cluster.app import App
-from durable_cluster.database import connect, server_name
+from durable_cluster.database import connect, connect_client, server_name
 from durable_cluster.embedded import EmbeddedPostgres
 from durable_cluster.errors import DatabaseError
 from durable_cluster.ops.terminal import BadUsage
@@ -32,7 +32,7 @@ class Database(msgspec.Struct, frozen=True, kw_only=True):
 
     def connect(self, purpose: str) -> psycopg.Connection[Any]:
         """An autocommit connection that does not wait for locks for ever."""
-        connection = connect(self.dsn, name=f"durable-cluster {purpose}")
+        connection = connect_client(self.dsn, name=f"durable-cluster {purpose}")
         connection.execute("select set_config('lock_timeout', %s, false)", (str(LOCK_TIMEOUT_MS),))
         return connection
 

@@ -31,6 +31,11 @@ def duties(settings: Settings) -> list[tuple[str, Callable[[Connection], bool], 
         ("timers", upkeep.needs_timer_rotation, upkeep.rotate_timers),
         ("members", upkeep.has_dead_members, upkeep.sweep_members),
         ("cancels", upkeep.has_ended_cancels, upkeep.sweep_cancels),
+        (
+            "audit",
+            partial(upkeep.needs_audit_upkeep, days=settings.audit_days),
+            partial(upkeep.keep_audit, days=settings.audit_days),
+        ),
         ("retention", partial(upkeep.needs_expiry, days=days), partial(upkeep.expire, days=days)),
     ]
 

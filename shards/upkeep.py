@@ -79,6 +79,16 @@ def expire(connection: Connection, *, days: int) -> int:
     return _briefly(connection, "select durable.expire(%s::int)", days)
 
 
+def needs_audit_upkeep(connection: Connection, *, days: int) -> bool:
+    """Whether the audit needs days ahead, or has some that are older than so many days."""
+    return _is_true(connection, "select durable.needs_audit_upkeep(%s::int)", days)
+
+
+def keep_audit(connection: Connection, *, days: int) -> int:
+    """Make and drop days of the audit; how many. Raises LockNotAvailable when somebody holds on."""
+    return _briefly(connection, "select durable.keep_audit(%s::int)", days)
+
+
 def _briefly(connection: Connection, query: str, *arguments: int) -> int:
     """As ``_count``, in a transaction that waits for no lock for long."""
     with connection.transaction():

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-MIGRATIONS = ("001_engine", "002_durable", "003_survival", "004_waits", "005_coordination", "006_schedules")
+MIGRATIONS = (
+    *("001_engine", "002_durable", "003_survival", "004_waits"),
+    *("005_coordination", "006_schedules", "007_search"),
+)
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (
-    *("clock", "shards", "lifecycle", "pages", "claim", "commit", "takeover"),
-    *(
-        "timers",
-        "detached",
-        "dead_letters",
-        "signals",
-        "pause",
-        "limits",
-        "cancel",
-        "joins",
-        "schedules",
-        "schedule_runs",
-    ),
-    *("maintain", "retention", "views", "grants"),
+    *("clock", "shards", "audit", "lifecycle", "pages", "claim", "commit", "takeover"),
+    *("timers", "detached", "dead_letters", "signals", "pause", "priority", "limits", "cancel", "joins"),
+    *("attributes", "progress", "schedules", "schedule_runs"),
+    *("maintain", "retention", "views", "search", "grants"),
 )
 
 

@@ -269,7 +269,9 @@ def test_list_shows_the_newest_first_and_filters(cluster: Cluster, ids: list[str
     assert [one["id"] for one in listed] == [ids[-1][:12]]
     some = cluster.ask("list", "--limit", "3")
     assert len(some.out.splitlines()) == 4
-    assert "the newest 3; see more with --limit" in some.err
+    assert "the newest 3; go on with --after " in some.err
+    rest = cluster.ask("list", "--after", some.err.split()[-1], "--json").json
+    assert {one["id"] for one in rest}.isdisjoint(line.split()[0] for line in some.out.splitlines()[1:])
     assert cluster.ask("list", "--workflow", "nobody").out == "no workflows\n"
 
 
@@ -408,6 +410,8 @@ def test_a_signal_from_the_command_line_resumes_and_a_cancel_ends(cluster: Clust
     assert re.search(r"stripe +3 +5/60.0 s +set +0 +0 +0", cluster.ask("limits", "list").out)
     assert "counts again as the code declares it" in cluster.ask("limits", "reset", "stripe").out
     assert "give --concurrency N or --rate" in cluster.ask("limits", "set", "stripe").err
+    assert "has priority 4 from its next step on" in cluster.ask("priority", doomed[:12], "4").out
+    assert "a weight from 0.1 to 10" in cluster.ask("priority", doomed[:12], "99").err
     assert "was not paused" in cluster.ask("resume", "--workflow", "ask").out
     assert "name one thing" in cluster.ask("pause", doomed[:12], "--shard", "1").err
 

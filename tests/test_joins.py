@@ -21,6 +21,7 @@ from durable_cluster import (
     InputError,
     Retry,
     Settings,
+    coordination,
     side_statements,
     statements,
 )
@@ -373,7 +374,7 @@ CHILD = (Child("child", 1, "act", '{"does":"wait"}', 0.0),)
 
 def spawn(handle: Handle) -> Callable[[Connection], None]:
     spawning = Spawning(envelope_of(handle.id, 2, "parent", "fan"), 1, CHILD)
-    return lambda tx: side_statements.spawn(tx, [spawning])
+    return lambda tx: coordination.spawn(tx, [spawning])
 
 
 def cancel(handle: Handle) -> Callable[[Connection], None]:
@@ -397,7 +398,7 @@ def test_the_last_child_ends_while_its_parent_begins_to_wait(
     (child,) = ids_of(conn, handle)
     next_ = envelope_of(handle.id, 3, "parent", "collect")
     joining = Joining(next_, next_, 2, (), None, None, None, False)
-    acts = [lambda tx: end(tx, child), lambda tx: side_statements.await_children(tx, [joining])]
+    acts = [lambda tx: end(tx, child), lambda tx: coordination.await_children(tx, [joining])]
     at_once(conn, dsn, eventually, *(acts if is_end_first else reversed(acts)))
     assert one(conn, "select count(*) from durable.wait") == 0
     assert resumptions(conn, handle) == 1
@@ -436,7 +437,7 @@ def test_a_page_that_spawns_and_is_read_again_has_spawned_once(app: App, conn: C
     handle = app.workflow("parent").start({"children": ["wait"]})
     with psycopg.connect(dsn) as session:
         spawning = Spawning(envelope_of(handle.id, 2, "parent", "fan"), 1, (Child("child", 1, "act", '{"does":1}', 0),))
-        side_statements.spawn(session, [spawning])
+        coordination.spawn(session, [spawning])
         session.rollback()
     app.run(until_idle=True)
     assert len(ids_of(conn, handle)) == 1

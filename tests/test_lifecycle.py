@@ -437,8 +437,8 @@ def test_a_payload_with_a_nul_character_hides_nobody(dsn: str, conn: psycopg.Con
 def test_the_list_pages_through_all_workflows_once(machine: Machine, conn: psycopg.Connection) -> None:
     handles = machine.start_many(list(range(100)))
     listed: list[str] = []
-    query = "select id, started_at from durable.list('life', 'running', 7, %s)"
-    rows = conn.execute(query, ("infinity",)).fetchall()
+    query = "select id, cursor from durable.list('life', 'running', 7, %s)"
+    rows = conn.execute(query, (None,)).fetchall()
     while rows and len(listed) < 200:
         listed += [short for short, _ in rows]
         rows = conn.execute(query, (rows[-1][1],)).fetchall()

@@ -13,7 +13,17 @@ import msgspec
 import psycopg
 import pytest
 
-from durable_cluster import App, Context, Continuation, Handle, InputError, Limit, Retry, Settings, side_statements
+from durable_cluster import (
+    App,
+    Context,
+    Continuation,
+    Handle,
+    InputError,
+    Limit,
+    Retry,
+    Settings,
+    coordination,
+)
 from durable_cluster.consumer import Consumer
 from durable_cluster.envelope import Envelope
 from durable_cluster.limits import OF_STEP, Queued, parsed_rate
@@ -222,15 +232,15 @@ def test_a_cancel_reaches_who_waits_for_a_permit(app: App, conn: Connection) -> 
 
 
 def test_numbers_that_are_set_win_over_the_code_at_once_until_they_are_reset(app: App, conn: Connection) -> None:
-    side_statements.set_limit(conn, "alive", concurrency=1, rate=None, period_s=None)
+    coordination.set_limit(conn, "alive", concurrency=1, rate=None, period_s=None)
     handles = [app.workflow("alive").start("a") for _ in range(6)]
     app.run(until_idle=True)
     assert used(conn) == {("alive", "a"): 1}
-    side_statements.set_limit(conn, "alive", concurrency=4, rate=None, period_s=None)
+    coordination.set_limit(conn, "alive", concurrency=4, rate=None, period_s=None)
     app.run(until_idle=True)
     assert (used(conn), queued(conn)) == ({("alive", "a"): 4}, 2)
-    assert side_statements.reset_limit(conn, "alive")
-    assert not side_statements.reset_limit(conn, "alive")
+    assert coordination.reset_limit(conn, "alive")
+    assert not coordination.reset_limit(conn, "alive")
     for handle in handles:
         if _place(conn, handle) == "waiting":
             handle.signal("go")
@@ -269,18 +279,18 @@ def test_two_pages_that_take_the_last_permit_at_once_share_it_fairly(
         )
     with psycopg.connect(dsn) as session:
         known = lines.pop()
-        side_statements.take_permits(session, [known])
-        side_statements.give_back(session, [known.envelope])
+        coordination.take_permits(session, [known])
+        coordination.give_back(session, [known.envelope])
     with psycopg.connect(dsn) as first, psycopg.connect(dsn) as second, ThreadPoolExecutor(1) as pool:
-        side_statements.take_permits(first, lines[:1])
-        taking = pool.submit(side_statements.take_permits, second, lines[1:])
+        coordination.take_permits(first, lines[:1])
+        taking = pool.submit(coordination.take_permits, second, lines[1:])
         eventually(lambda: conn.execute("select pg_blocking_pids(%s)", (second.info.backend_pid,)).fetchone() != ([],))
         first.commit()
         taking.result(10)
         second.commit()
     assert (used(conn)["only", ""], queued(conn)) == (1, 1)
     with psycopg.connect(dsn) as session:
-        side_statements.give_back(session, [lines[0].envelope])
+        coordination.give_back(session, [lines[0].envelope])
     assert (used(conn)["only", ""], queued(conn)) == (1, 0)
 
 
@@ -297,7 +307,7 @@ def test_what_is_no_limit_is_told(app: App, conn: Connection) -> None:
     assert parsed_rate("x", "100/1s") == (100, 1.0)
     assert parsed_rate("x", "5/m") == (5, 60.0)
     with pytest.raises(InputError, match="so many at once are 0 or more"):
-        side_statements.set_limit(conn, "x", concurrency=-1, rate=None, period_s=None)
+        coordination.set_limit(conn, "x", concurrency=-1, rate=None, period_s=None)
 
 
 def test_a_key_function_that_fails_is_a_dead_letter_that_says_so(dsn: str) -> None:

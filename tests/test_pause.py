@@ -10,7 +10,15 @@ import msgspec
 import psycopg
 import pytest
 
-from durable_cluster import App, Context, Continuation, Handle, InputError, UnknownWorkflow, side_statements
+from durable_cluster import (
+    App,
+    Context,
+    Continuation,
+    Handle,
+    InputError,
+    UnknownWorkflow,
+    coordination,
+)
 from durable_cluster.envelope import Envelope
 
 Connection = psycopg.Connection[Any]
@@ -132,7 +140,7 @@ def test_a_paused_shard_is_not_read(app: App, conn: Connection) -> None:
         conn.execute("select shard from durable.slot where slot = durable.slot_of(%s)", (h.id,)).fetchone()
         for h in handles
     ]
-    assert side_statements.pause(conn, "shard", "1", actor=None)
+    assert coordination.pause(conn, "shard", "1", actor=None)
     app.run(until_idle=True)
     assert {
         shard[0] for shard, handle in zip(shards, handles, strict=True) if shard and handle.status() == "running"
@@ -140,8 +148,8 @@ def test_a_paused_shard_is_not_read(app: App, conn: Connection) -> None:
     assert {
         shard[0] for shard, handle in zip(shards, handles, strict=True) if shard and handle.status() == "completed"
     } == {0}
-    assert side_statements.resume(conn, "shard", "1") == 0
-    assert side_statements.resume(conn, "shard", "1") is None
+    assert coordination.resume(conn, "shard", "1") == 0
+    assert coordination.resume(conn, "shard", "1") is None
     app.run(until_idle=True)
     assert {handle.status() for handle in handles} == {"completed"}
 
@@ -157,10 +165,10 @@ def test_a_shard_that_is_paused_within_a_window_stops_after_the_page(app: App, c
     try:
         consumer.work(lambda: True, lambda: None)
         assert consumer.steps == 1
-        side_statements.pause(conn, "shard", "0", actor=None)
+        coordination.pause(conn, "shard", "0", actor=None)
         assert not consumer.work(lambda: False, lambda: None)
         assert consumer.steps == 1
-        side_statements.resume(conn, "shard", "0")
+        coordination.resume(conn, "shard", "0")
         while consumer.work(lambda: False, lambda: None):
             pass
         assert consumer.steps == 20
@@ -177,11 +185,11 @@ def test_a_page_that_puts_aside_and_a_resume_do_not_miss_each_other(
     app.run(until_idle=True)
     conn.execute("delete from durable.wait")
     name = handle.id if scope == "workflow" else "flow"
-    side_statements.pause(conn, scope, name, actor=None)
+    coordination.pause(conn, scope, name, actor=None)
     line = Envelope(handle.id, 2, "flow", "end", 1, msgspec.Raw(b'"x"'))
     acts: list[Callable[[Connection], object]] = [
-        lambda tx: side_statements.resume(tx, scope, name),
-        lambda tx: side_statements.park(tx, [line]),
+        lambda tx: coordination.resume(tx, scope, name),
+        lambda tx: coordination.park(tx, [line]),
     ]
     begin, follow = acts if is_resume_first else reversed(acts)
     with psycopg.connect(dsn) as first, psycopg.connect(dsn) as second, ThreadPoolExecutor(1) as pool:
@@ -207,6 +215,6 @@ def test_what_cannot_be_paused_is_told(app: App, conn: Connection) -> None:
         ("world", "x", "a 'world' cannot be paused; a workflow, a type or a shard can"),
     ):
         with pytest.raises((InputError, UnknownWorkflow), match=words):
-            side_statements.pause(conn, scope, name, actor=None)
+            coordination.pause(conn, scope, name, actor=None)
     with pytest.raises(UnknownWorkflow):
-        side_statements.pause(conn, "workflow", "nonsense", actor=None)
+        coordination.pause(conn, "workflow", "nonsense", actor=None)

@@ -94,6 +94,7 @@ class Stage:
             ("each turn of the model once", 3, len(self._world.turns)),
             ("calls that failed or died were repeated", True, self._world.calls > 3 + 2 + self._world.failures),
             ("nothing waits for approval", 0, self.approvals()),
+            ("its progress is the last turn", {"turn": 2}, handle.progress()),
         ]
 
     def endless(self) -> list[Compared]:

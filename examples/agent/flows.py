@@ -72,7 +72,8 @@ def begin(ctx: Context, asked: Question) -> Continuation:
 
 @agent.step(blocking=True, retry=CALLS, timeout="5m")
 def think(ctx: Context, turn: Turn) -> Continuation:
-    """Ask the model. No transaction is open meanwhile; ``ctx.heartbeat`` says how far it is to the next attempt."""
+    """Ask the model. No transaction is open meanwhile; Onlookers see the turn, the next attempt how many parts had come."""
+    ctx.set_progress({"turn": turn.number})
     with psycopg.connect(app.client.dsn) as connection:
         so_far = transcript(connection, turn.conversation)
     reply = model.ask(

@@ -10,7 +10,9 @@ as $$
     select durable.append_lines(i_ids, array(
         select durable.line(i, 1, '@cancel', 'cancel', 0,
             json_build_object('reason', coalesce(i_reason, 'cancelled'), 'actor', i_actor, 'cascade', i_cascade)::text)
-        from unnest(i_ids) with ordinality q(i, o) order by q.o))
+        from unnest(i_ids) with ordinality q(i, o) order by q.o));
+    select durable.record('cancel', i_ids, i_actor,
+        array(select jsonb_build_object('reason', coalesce(i_reason, 'cancelled')) from unnest(i_ids)));
 $$;
 
 -- durable.cancel(id, reason, actor, cascade): asks a workflow to end, in the caller's transaction. Whether it lived; twice is once.

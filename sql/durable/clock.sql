@@ -8,6 +8,11 @@ create or replace function durable.today() returns int
 language sql volatile
 as $$ select floor(extract(epoch from durable.now()) / 86400)::int $$;
 
+-- durable.day_at(time): the same of another time, as far as ids can say one.
+create or replace function durable.day_at(i_at timestamptz) returns int
+language sql stable
+as $$ select floor(least(greatest(extract(epoch from i_at) / 86400, 0), 65535))::int $$;
+
 -- durable.demand_read_committed(): raises elsewhere. An older snapshot must never be stored under a newer tick.
 create or replace function durable.demand_read_committed() returns void
 language plpgsql

@@ -17,7 +17,7 @@ end
 $$;
 
 -- durable.finish(ids, statuses, outputs): terminal records. The first end of a workflow stands. Tables: finished (a row each),
--- cancelled (a row deleted), what a permit given back and a child's end change (durable.give_back, durable.end_children).
+-- cancelled and priority (a row deleted), what a permit given back and a child's end change (durable.give_back, durable.end_children).
 create or replace function durable.finish(i_ids uuid[], i_statuses text[], i_outputs text[]) returns void
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
@@ -36,6 +36,9 @@ begin
     select array_agg(e.id), array_agg(e.status) into v_ids, v_statuses from ended e;
     if exists (select from durable.cancelled) then
         delete from durable.cancelled c where c.id = any (v_ids);
+    end if;
+    if exists (select from durable.priority) then
+        delete from durable.priority p where p.id = any (v_ids);
     end if;
     if exists (select from durable.permit) then
         perform durable.give_back(v_ids, null);

@@ -194,6 +194,7 @@ begin
             durable.short(i_id) using errcode = 'DC002';
     end if;
     perform durable.append_lines(array[i_id], array[v_line]);
+    perform durable.record('retry', array[i_id], null, array[jsonb_build_object('edited', i_state is not null)]);
 end
 $$;
 
@@ -221,6 +222,7 @@ begin
     )
     select array_agg(g.id order by g.at), array_agg(durable.line_again(g.line) order by g.at) into v_ids, v_lines from gone g;
     perform durable.append_lines(v_ids, v_lines);
+    perform durable.record('retry', v_ids);
     return coalesce(cardinality(v_ids), 0);
 end
 $$;
@@ -276,5 +278,6 @@ language sql volatile
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select durable.finish(array_agg(q.id), array_agg('failed'::text), array_agg((q.details::jsonb || '{"purged": true}')::text))
-    from unnest(i_ids, i_details) q(id, details)
+    from unnest(i_ids, i_details) q(id, details);
+    select durable.record('purge', i_ids);
 $$;

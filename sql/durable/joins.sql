@@ -15,7 +15,7 @@ $$;
 -- durable.spawn(…): children of the steps of one page, in its transaction.
 --   i_parents, i_seqs, i_counts, i_cleanups  a line each parent: id, number of its step, how many children, what marks a cleanup
 --   i_workflows, i_versions, i_steps, i_inputs, i_delays_ms  a line each child, parent after parent
--- A parent that is cancelled spawns nothing: who cancelled it has looked for its children already. Its next step meets the cancel.
+-- Children have their parent's priority. A parent that is cancelled spawns nothing: who cancelled it has looked for its children already. Its next step meets the cancel.
 -- Locks: the parents' stripes, then their groups, sorted. Tables: fanout (a row a parent), started (a row a child), timers, the logs.
 create or replace function durable.spawn(i_parents text, i_seqs text, i_counts text, i_cleanups text, i_workflows text, i_versions text,
     i_steps text, i_inputs text, i_delays_ms text) returns void
@@ -79,6 +79,15 @@ begin
         array_agg(l.delay_ms) filter (where l.delay_ms > 0)
     into v_at_once_ids, v_at_once_lines, v_later_ids, v_later_lines, v_later_ms
     from lines l;
+    insert into durable.priority (id, weight)
+    select s.id, p.weight from durable.priority p join durable.started s on s.parent = p.id and s.day = v_today
+    where p.id = any (v_ids) and s.id = any (v_at_once_ids || v_later_ids);
+    if (select c.audit from durable.cluster c) then
+        perform durable.record('spawn', array_agg(s.id), null,
+            array_agg(jsonb_build_object('workflow', s.workflow, 'parent', durable.short(s.parent))))
+        from durable.started s
+        where (s.id, s.day) in (select i, durable.day_of(i) from unnest(v_at_once_ids || v_later_ids) i);
+    end if;
     perform durable.append_lines(v_at_once_ids, v_at_once_lines);
     if v_later_ids is not null then
         perform durable.set_timers(v_later_ids, array_fill(1, array[cardinality(v_later_ids)]), v_later_lines, v_later_ms);
@@ -234,6 +243,7 @@ begin
     select array_agg(r.id), array_agg(r.line), array_agg(r.id) filter (where r.cancels_rest) into v_ids, v_lines, v_cancelling
     from resumed r;
     perform durable.append_lines(v_ids, v_lines);
+    perform durable.record('resume', v_ids, null, array(select '{"children": true}'::jsonb from unnest(v_ids)));
     if v_cancelling is not null then
         perform durable.cancel_lines(array_agg(s.id), 'its siblings were enough', null)
         from durable.fanout f join durable.started s on s.parent = f.id and s.parent_seq = f.seq

@@ -89,11 +89,12 @@ as $$
 $$;
 
 -- durable.start(…): one workflow, in the caller's transaction, at any isolation level.
---   i_after  how long until its first step is delivered; it counts as started at once
+--   i_after       how long until its first step is delivered; it counts as started at once
+--   i_attributes  JSON: what it is found by (see durable.checked_attributes)
 -- Result: the id (whole: this is the one answer that gives it) and whether it is new; the same key gives the same workflow.
--- Tables: key, started (one row each), the shard's log (one event) or a timer. Errors: DC002, 40001 (a snapshot older than a rotation).
+-- Tables: key, started, attribute if it has any (one row each), the shard's log (one event) or a timer. Errors: DC002, 40001 (a snapshot older than a rotation).
 create or replace function durable.start(i_workflow text, i_version int, i_step text, i_input text, i_key text default null,
-    i_after interval default null, out id uuid, out is_new boolean)
+    i_after interval default null, i_attributes text default null, out id uuid, out is_new boolean)
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -101,6 +102,7 @@ declare
     v_input text;
     v_line text;
     v_known uuid;
+    v_attributes jsonb := durable.checked_attributes(i_attributes);
     v_after_ms float8 := durable.checked_delay_ms(coalesce(extract(epoch from i_after) * 1000, 0)::float8);
 begin
     perform durable.checked_name('workflow', i_workflow), durable.checked_name('step', i_step);
@@ -128,6 +130,12 @@ begin
     else
         perform durable.append(s.shard, v_line, 1) from durable.slot s where s.slot = durable.slot_of(start.id);
     end if;
+    if v_attributes is not null then
+        perform durable.keep_attributes(array[start.id], array[v_attributes]);
+    end if;
+    if (select c.audit from durable.cluster c) then
+        perform durable.record('start', array[start.id], null, array[jsonb_build_object('workflow', i_workflow)]);
+    end if;
 end
 $$;
 
@@ -145,10 +153,11 @@ begin
 end
 $$;
 
--- durable.start_many(…): as start, for many inputs (JSON, one a line; keys likewise, or null), set-wise.
+-- durable.start_many(…): as start, for many inputs (JSON, one a line; keys likewise, or null), set-wise. Attributes: one object a line, or
+-- one for all.
 -- Result: one row an input, in order. Lines of one shard are appended in events of at most 1,000 lines and about 1 MiB.
 create or replace function durable.start_many(i_workflow text, i_version int, i_step text, i_inputs text, i_keys text default null,
-    i_after interval default null)
+    i_after interval default null, i_attributes text default null)
 returns table (id uuid, is_new boolean)
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
@@ -162,9 +171,17 @@ declare
     v_new boolean[] := array_fill(true, array[cardinality(v_ids)]);
     v_known uuid[];
     v_middle text := durable.line_middle(1, i_workflow, i_step, i_version);
+    v_attributes jsonb[] := case when i_attributes is not null then array(
+        select durable.checked_attributes(a) from string_to_table(i_attributes, E'\n') with ordinality q(a, o) order by q.o) end;
     v_after_ms float8 := durable.checked_delay_ms(coalesce(extract(epoch from i_after) * 1000, 0)::float8);
 begin
     perform durable.checked_name('workflow', i_workflow), durable.checked_name('step', i_step);
+    if cardinality(v_attributes) = 1 then
+        v_attributes := array_fill(v_attributes[1], array[cardinality(v_ids)]);
+    elsif cardinality(v_attributes) <> cardinality(v_inputs) then
+        raise exception '% attributes for % inputs; give one object a piece, or one for all', cardinality(v_attributes), cardinality(v_inputs)
+            using errcode = 'DC002';
+    end if;
     if i_keys is not null and cardinality(v_keys) <> cardinality(v_inputs) then
         raise exception '% keys for % inputs; give one a piece', cardinality(v_keys), cardinality(v_inputs) using errcode = 'DC002';
     end if;
@@ -183,6 +200,13 @@ begin
     insert into durable.started (id, day, workflow, version, input, key, at)
     select q.i, durable.day_of(q.i), i_workflow, i_version, q.d, q.k, durable.now()
     from unnest(v_ids, v_inputs, v_new, v_keys) q(i, d, is_new, k) where q.is_new;
+    if v_attributes is not null then
+        perform durable.keep_attributes(array_agg(q.i), array_agg(q.a)) from unnest(v_ids, v_attributes, v_new) q(i, a, is_new) where q.is_new;
+    end if;
+    if (select c.audit from durable.cluster c) then
+        perform durable.record('start', array_agg(q.i), null, array_agg(jsonb_build_object('workflow', i_workflow)))
+        from unnest(v_ids, v_new) q(i, is_new) where q.is_new;
+    end if;
     if v_after_ms > 0 then
         perform durable.set_timers(array_agg(q.i), array_agg(1), array_agg(durable.line(q.i, v_middle, q.d)), array_agg(v_after_ms))
         from unnest(v_ids, v_inputs, v_new) q(i, d, is_new) where q.is_new;

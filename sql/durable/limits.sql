@@ -57,8 +57,8 @@ begin
         from rows from (unnest(v_ids), string_to_table(i_seqs, E'\n'), string_to_table(i_lines, E'\n'), string_to_table(i_permit_seqs, E'\n'),
             unnest(v_names), unnest(v_keys)) with ordinality q(id, seq, line, permit_seq, name, key, o)
     ), waiting as (
-        insert into durable.queued (name, key, id, seq, permit_seq, line)
-        select m.name, m.key, m.id, m.seq::int, m.permit_seq::int, m.line from met m where not m.passes order by m.o
+        insert into durable.queued (name, key, id, seq, permit_seq, line, weight)
+        select m.name, m.key, m.id, m.seq::int, m.permit_seq::int, m.line, durable.weight_of(m.id) from met m where not m.passes order by m.o
     )
     select array_agg(m.id order by m.o), array_agg(m.line order by m.o) into v_past_ids, v_past_lines from met m where m.passes;
     perform durable.append_lines(v_past_ids, v_past_lines);
@@ -147,9 +147,10 @@ begin
         v_each := v_use.period / v_use.rate;
         v_paid_for := floor(extract(epoch from v_now + v_use.period - v_paid) / extract(epoch from v_each) + 0.000001);
         with first as (
-            select q.number from durable.queued q where q.name = v_use.name and q.key = v_use.key order by q.number limit least(v_free, v_paid_for)
+            select q.number from durable.queued q where q.name = v_use.name and q.key = v_use.key 
+            order by q.weight desc, q.number limit least(v_free, v_paid_for)
         ), passing as (
-            delete from durable.queued q using first f where q.name = v_use.name and q.key = v_use.key and q.number = f.number
+            delete from durable.queued q using first f where q.number = f.number
             returning q.*
         ), permits as (
             insert into durable.permit (id, seq, name, key)
@@ -157,7 +158,7 @@ begin
             on conflict do nothing
             returning 1
         )
-        select count(*), array_agg(p.id order by p.number), array_agg(p.line order by p.number), (select count(*) from permits)
+        select count(*), array_agg(p.id order by p.weight desc, p.number), array_agg(p.line order by p.weight desc, p.number), (select count(*) from permits)
         into v_passed, v_ids, v_lines, v_held
         from passing p;
         perform durable.append_lines(v_ids, v_lines);

@@ -5,28 +5,36 @@ language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
-    v_name text;
-    v_has_rows boolean;
-    v_made int := 0;
+    v_made int;
 begin
-    for v_day in durable.today() - 1 .. durable.today() + i_days loop
-        foreach v_name in array array['started', 'finished'] loop
-            if to_regclass(format('durable.%s_%s', v_name, v_day)) is null then
-                execute format('create table durable.%1$s_%2$s (like durable.%1$s including all)', v_name, v_day);
-                -- A day that began without its partition has rows in the default one: they move, while nobody adds to them.
-                execute format('select exists (select 1 from durable.%s_default where day = %s)', v_name, v_day) into v_has_rows;
-                if v_has_rows then
-                    execute format('lock table durable.%s_default in share row exclusive mode', v_name);
-                    execute format('with moved as (delete from durable.%1$s_default where day = %2$s returning *)'
-                        ' insert into durable.%1$s_%2$s select * from moved', v_name, v_day);
-                end if;
-                execute format('alter table durable.%1$s attach partition durable.%1$s_%2$s for values from (%2$s) to (%3$s)',
-                    v_name, v_day, v_day + 1);
-                v_made := v_made + 1;
-            end if;
-        end loop;
-    end loop;
+    select sum(durable.add_day(n, d)) into v_made
+    from generate_series(durable.today() - 1, durable.today() + i_days) d, unnest(array['started', 'finished']) n;
     return v_made;
+end
+$$;
+
+-- durable.add_day(table, day): the partition of one day, if it is not there. How many were made: 0 or 1.
+create or replace function durable.add_day(i_table text, i_day int) returns int
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_has_rows boolean;
+begin
+    if to_regclass(format('durable.%s_%s', i_table, i_day)) is not null then
+        return 0;
+    end if;
+    execute format('create table durable.%1$s_%2$s (like durable.%1$s including all)', i_table, i_day);
+    -- A day that began without its partition has rows in the default one: they move, while nobody adds to them.
+    execute format('select exists (select 1 from durable.%s_default where day = %s)', i_table, i_day) into v_has_rows;
+    if v_has_rows then
+        execute format('lock table durable.%s_default in share row exclusive mode', i_table);
+        execute format('with moved as (delete from durable.%1$s_default where day = %2$s returning *)'
+            ' insert into durable.%1$s_%2$s select * from moved', i_table, i_day);
+    end if;
+    execute format('alter table durable.%1$s attach partition durable.%1$s_%2$s for values from (%2$s) to (%3$s)',
+        i_table, i_day, i_day + 1);
+    return 1;
 end
 $$;
 

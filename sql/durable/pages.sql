@@ -50,7 +50,7 @@ $$;
 
 -- durable.page(batch, owner, lines, bytes): the next page of a window, without a lock; null while its shard is paused.
 -- Result: one text. Its first line is JSON: the cursor, the events as [txid, id], whether the window ends here, why which of their
--- workflows are cancelled, what is paused; then the events, a form feed between them (JSON holds none). The cursor's event comes whole; the reader skips the lines that are done.
+-- workflows are cancelled, what is paused, their weights; then the events, a form feed between them (JSON holds none). The cursor's event comes whole; the reader skips the lines that are done.
 -- At least one event, then as many as fit: an event is one commit's lines and never larger than a page. How many lines an event
 -- says it has counts for that only: somebody may have appended by hand.
 create or replace function durable.page(i_batch bigint, i_owner bigint, i_lines int, i_bytes int) returns text
@@ -97,7 +97,10 @@ begin
     end loop;
     return format('{"batch":%s,"takeovers":%s,"suspects":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]%s}',
             v_win.batch, v_win.takeovers, v_win.suspects, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
-            array_to_string(v_events, ','), durable.cancelled_in(v_bodies) || durable.paused_in(v_bodies))
+            array_to_string(v_events, ','), 
+            case when exists (select from durable.cancelled) or exists (select from durable.pause) or exists (select from durable.priority)
+                then durable.cancelled_in(v_bodies) || durable.paused_in(v_bodies) || durable.weights_in(v_win.shard, v_bodies, v_is_last)
+                else '' end)
         || case when v_bodies = '{}' then '' else E'\n' || array_to_string(v_bodies, E'\f') end;
 end
 $$;

@@ -30,7 +30,7 @@ as $$
                    where f.at < (select durable.expired_before(i_days)) and not durable.is_awaited(f.id))
 $$;
 
--- durable.forget(ids): what signals and joins left behind of these workflows.
+-- durable.forget(ids): what signals, joins, attributes and progress left behind of these workflows.
 create or replace function durable.forget(i_ids uuid[]) returns void
 language sql volatile
 set search_path = pg_catalog, durable, pg_temp
@@ -39,15 +39,20 @@ as $$
     delete from durable.signal_key k where k.id = any (i_ids);
     delete from durable.used_token u where u.id = any (i_ids);
     delete from durable.fanout f where f.id = any (i_ids);
+    delete from durable.priority p where p.id = any (i_ids);
+    delete from durable.attribute a where a.id = any (i_ids);
+    delete from durable.progress p where p.id = any (i_ids);
 $$;
 
--- durable.remembered(day): the workflows of that day which signals and joins have left something of.
+-- durable.remembered(day): the workflows of that day of which any of that is left.
 create or replace function durable.remembered(i_day int) returns setof uuid
 language sql stable
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select q.id from (select m.id from durable.mailbox m union select k.id from durable.signal_key k
-                      union select u.id from durable.used_token u union select f.id from durable.fanout f) q
+                      union select u.id from durable.used_token u union select f.id from durable.fanout f
+                      union select a.id from durable.attribute a union select p.id from durable.progress p
+                      union select y.id from durable.priority y) q
     where durable.day_of(q.id) = i_day
 $$;
 

@@ -63,12 +63,13 @@ begin
 end
 $$;
 
--- durable.signal(id, name, payload, key, token, actor): sends a signal, in the caller's transaction, at any isolation level.
+-- durable.send_signal(id, name, payload, key, token, actor): sends a signal, in the caller's transaction, at any isolation level.
 --   i_payload  JSON; i_key: of signals with one key the first counts; i_token: of the wait, if that demands one; i_actor: who sends it
--- Errors: DC003 for an id that is unknown or has ended, and for a token that is wrong or was used, in one way and at one price; DC002;
--- 40001 (a snapshot older than a rotation). Tables: the shard's log (one event). It takes no lock.
-create or replace function durable.signal(i_id uuid, i_name text, i_payload text default 'null', i_key text default null,
-    i_token text default null, i_actor text default null) returns void
+-- Result: null, or why it was refused: an id that is unknown or has ended, a token that is wrong or was used, in one way and at one
+-- price. A refusal is an answer and no error, so that the audit keeps it if the caller commits.
+-- Errors: DC002; 40001 (a snapshot older than a rotation). Tables: the shard's log (one event), audit. It takes no lock.
+create or replace function durable.send_signal(i_id uuid, i_name text, i_payload text default 'null', i_key text default null,
+    i_token text default null, i_actor text default null) returns text
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -82,8 +83,9 @@ declare
 begin
     perform durable.checked_name('signal', i_name), durable.checked_key(i_key), durable.checked_label('actor', i_actor, 255);
     if not durable.is_live(i_id) or v_is_refused or (i_token is not null and v_token_seq is null) then
-        raise exception 'no workflow takes signal % with the id %… and this token: it is unknown, has ended, or the token is wrong or used',
-            quote_literal(i_name), durable.short(i_id) using errcode = 'DC003';
+        perform durable.record('signal_refused', array[i_id], i_actor, array[jsonb_build_object('signal', i_name)]);
+        return format('no workflow takes signal %L with the id %s… and this token: it is unknown, has ended, or the token is wrong or used',
+            i_name, durable.short(i_id));
     end if;
     if (select count(*) from (select from durable.mailbox m where m.id = i_id limit v_max) m) = v_max then
         raise exception 'the mailbox of workflow %… holds % signals that it does not wait for; that is the limit',
@@ -95,6 +97,23 @@ begin
             || ',"at":' || to_json(durable.now()) || '},"key":' || coalesce(to_json(i_key)::text, 'null')
             || ',"token":' || coalesce(v_token_seq::text, 'null') || '}'), 1)
     from durable.slot s where s.slot = durable.slot_of(i_id);
+    perform durable.record('signal', array[i_id], i_actor, array[jsonb_build_object('signal', i_name)]);
+    return null;
+end
+$$;
+
+-- durable.signal(…): as send_signal; a refusal is an error, DC003, which takes its row of the audit with it.
+create or replace function durable.signal(i_id uuid, i_name text, i_payload text default 'null', i_key text default null,
+    i_token text default null, i_actor text default null) returns void
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_refusal text := durable.send_signal(i_id, i_name, i_payload, i_key, i_token, i_actor);
+begin
+    if v_refusal is not null then
+        raise exception '%', v_refusal using errcode = 'DC003';
+    end if;
 end
 $$;
 
@@ -105,7 +124,7 @@ as $$ select left(i_line, -1) || ',"e":' || i_event || '}' $$;
 
 -- durable.deliver(ids, names, events, keys, tokens): signals of one page, in its transaction: each resumes the wait for it or goes to the
 -- mailbox. One of each a line; no key, no token: nothing. How many were dropped: their workflow has ended, or its mailbox is full.
--- Tables: wait (a row deleted), mailbox (a row inserted), signal_key, used_token, the shards' logs.
+-- Tables: wait (a row deleted), mailbox (a row inserted), signal_key, used_token, the shards' logs, audit.
 create or replace function durable.deliver(i_ids text, i_names text, i_events text, i_keys text, i_tokens text) returns int
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
@@ -116,6 +135,7 @@ declare
     v_max int := (select c.mailbox_max from durable.cluster c);
     v_ids uuid[] := '{}';
     v_lines text[] := '{}';
+    v_names jsonb[] := '{}';
     v_dropped int := 0;
 begin
     perform durable.lock_stripes(array(select i::uuid from string_to_table(i_ids, E'\n') i));
@@ -139,6 +159,7 @@ begin
         if found then
             v_ids := v_ids || v_signal.id;
             v_lines := v_lines || durable.with_event(coalesce(v_wait.signal_line, v_wait.line), v_signal.event);
+            v_names := v_names || jsonb_build_object('signal', v_signal.name);
             if v_wait.token_seq is not null then
                 insert into durable.used_token (id, seq) values (v_signal.id, v_wait.token_seq) on conflict do nothing;
             end if;
@@ -150,6 +171,7 @@ begin
         end if;
     end loop;
     perform durable.append_lines(v_ids, v_lines);
+    perform durable.record('resume', v_ids, null, v_names);
     return v_dropped;
 end
 $$;
@@ -160,7 +182,7 @@ $$;
 --   i_timeout_lines  the step event when the delay in milliseconds is over; no delay: nothing
 --   i_tokens         the number of the token that a signal must bring; none: nothing
 --   i_cleanups       what belongs to the cleanup after a cancel: anything; else nothing, and a cancelled workflow does not wait
--- Tables: mailbox (a row deleted), wait (a row inserted), a timer, the shards' logs.
+-- Tables: mailbox (a row deleted), wait (a row inserted), a timer, the shards' logs, audit.
 create or replace function durable.await_signals(i_ids text, i_seqs text, i_names text, i_lines text, i_timeout_lines text, i_delays_ms text,
     i_tokens text, i_cleanups text) returns void
 language plpgsql security definer
@@ -172,6 +194,8 @@ declare
     v_now timestamptz := durable.timer_now();
     v_ids uuid[] := '{}';
     v_lines text[] := '{}';
+    v_resumed uuid[] := '{}';
+    v_resumed_by jsonb[] := '{}';
     v_timed_ids uuid[] := '{}';
     v_timed_seqs int[] := '{}';
     v_delays_ms float8[] := '{}';
@@ -200,6 +224,8 @@ begin
         if found then
             v_ids := v_ids || v_new.id;
             v_lines := v_lines || durable.with_event(v_new.line, v_mail.event);
+            v_resumed := v_resumed || v_new.id;
+            v_resumed_by := v_resumed_by || jsonb_build_object('signal', v_mail.name);
             if v_new.token_seq is not null then
                 insert into durable.used_token (id, seq) values (v_new.id, v_new.token_seq) on conflict do nothing;
             end if;
@@ -217,6 +243,7 @@ begin
         end if;
     end loop;
     perform durable.append_lines(v_ids, v_lines);
+    perform durable.record('resume', v_resumed, null, v_resumed_by);
     if v_timed_ids <> '{}' then
         perform durable.set_timers(v_timed_ids, v_timed_seqs, array_fill(null::text, array[cardinality(v_timed_ids)]), v_delays_ms);
     end if;

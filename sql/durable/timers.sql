@@ -191,6 +191,7 @@ declare
     v_passed int;
     v_busy_ids uuid[];
     v_busy_seqs int[];
+    v_late_ids uuid[];
 begin
     -- As far as this sweep goes: the last row of a full page, else now.
     select t.due, t.id into v_due, v_id from durable.timer t
@@ -217,20 +218,25 @@ begin
         select w.id, w.seq from (select * from long l order by l.workflow_id, l.seq) l cross join lateral (
             select w.id, w.seq from durable.wait w where w.id = l.workflow_id and w.seq = l.seq for update skip locked) w
     ), resumed as (
-        delete from durable.wait w using held h where w.id = h.id and w.seq = h.seq returning w.id, w.due, w.line
+        delete from durable.wait w using held h where w.id = h.id and w.seq = h.seq returning w.id, w.due, w.line, w.names
     ), appended as materialized (
         select durable.append_lines(array_agg(l.id order by l.due, l.id), array_agg(l.line order by l.due, l.id))
-        from (select f.workflow_id, f.due, f.line from fired f where f.line is not null union all select * from resumed) l(id, due, line)
+        from (select f.workflow_id, f.due, f.line from fired f where f.line is not null
+              union all select r.id, r.due, r.line from resumed r) l(id, due, line)
     ), busy as (
         -- A set difference, which is hashed: an anti-join would be a loop in a loop here.
         select w.id, w.seq from (select l.workflow_id, l.seq from long l except select h.id, h.seq from held h) l cross join lateral (
             select w.id, w.seq from durable.wait w where w.id = l.workflow_id and w.seq = l.seq offset 0) w
     )
-    select (select count(*) from fired), array_agg(b.id), array_agg(b.seq) into v_passed, v_busy_ids, v_busy_seqs
+    select (select count(*) from fired), array(select r.id from resumed r where r.names is not null), array_agg(b.id), array_agg(b.seq)
+    into v_passed, v_late_ids, v_busy_ids, v_busy_seqs
     from (select count(*) from appended) a left join busy b on true;
     if v_busy_ids[1] is not null then
         execute 'insert into durable.timer_' || v_old.current || ' (due, workflow_id, seq)'
             ' select $3, q.id, q.seq from unnest($1, $2) q(id, seq)' using v_busy_ids, v_busy_seqs, i_now + interval '1 second';
+    end if;
+    if v_late_ids <> '{}' then
+        perform durable.record('timeout', v_late_ids);
     end if;
     update durable.timer_control c
     set reached_due = v_due, reached_id = v_id, seen = i_snap, skew = v_old.skew, garbage = c.garbage + v_passed

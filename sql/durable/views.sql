@@ -79,24 +79,6 @@ begin
 end
 $$;
 
--- durable.list(…): workflows, newest first, ids truncated; page on with i_before = the last row's started_at.
-create or replace function durable.list(i_workflow text default null, i_status text default null, i_limit int default 50,
-    i_before timestamptz default 'infinity')
-returns table (id text, workflow text, version int, status text, key text, started_at timestamptz, finished_at timestamptz)
-language sql stable security definer
-set search_path = pg_catalog, durable, pg_temp
-as $$
-    select durable.short(s.id), s.workflow, s.version, x.status, s.key, s.at, f.at
-    from durable.started s
-    left join durable.finished f on f.id = s.id and f.day = s.day
-    cross join lateral (select coalesce(f.status,
-        case when exists (select from durable.dead_letter d where d.id = s.id) then 'stuck' else 'running' end) status) x
-    where s.at < i_before
-        and (i_workflow is null or s.workflow = i_workflow)
-        and (i_status is null or x.status = i_status)
-    order by s.at desc limit i_limit
-$$;
-
 -- durable.by_prefix(hex): the ids that begin with these hex digits, three at the most (one, none, or ambiguous).
 create or replace function durable.by_prefix(i_hex text) returns setof uuid
 language sql stable security definer

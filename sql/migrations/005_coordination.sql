@@ -1,4 +1,4 @@
--- Children and joins, and pauses. Run once.
+-- Children and joins, pauses, limits, priorities. Run once.
 
 -- Their answers have more columns now; a function's columns cannot be replaced.
 drop function if exists durable.asides();
@@ -102,6 +102,15 @@ create table durable.queued (
     seq int not null,
     permit_seq int not null,
     line text not null,
-    primary key (name, key, number)
+    weight float8 not null default 1,
+    primary key (number)
 );
+create index on durable.queued (name, key, weight desc, number);
 create index on durable.queued (id);
+
+-- Weights of live workflows, other than 1.
+create table durable.priority (
+    id uuid primary key,
+    weight float8 not null
+);
+create index on durable.priority (weight);

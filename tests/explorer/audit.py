@@ -11,7 +11,8 @@ import psycopg
 # workflow's first.
 FUNCTION = """
 create function audit(i_id uuid, since xid8, is_settled boolean,
-    out places text[], out missed bigint, out repeated text[], out effects text[], out outcome text)
+    out places text[], out missed bigint, out repeated text[], out effects text[], out outcome text,
+    out orphans bigint)
 language plpgsql set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 begin
@@ -23,6 +24,10 @@ begin
         select case when w.names is null then 'sleep' else 'wait' end from durable.wait w where w.id = i_id
         union all
         select 'detached' from durable.detached d where d.id = i_id
+        union all
+        select 'parked' from durable.parked p where p.id = i_id
+        union all
+        select 'queued' from durable.queued q where q.id = i_id
         union all
         select 'dead letter' from durable.dead_letter d where d.id = i_id
         union all
@@ -39,6 +44,9 @@ begin
         from pgque.event_1 e, string_to_table(e.ev_data, E'\\n') l(line)
         where e.ev_txid >= since and l.line like '{"w":"' || durable.hex(i_id) || '"%' and l.line not like '%,"f":"@%'
         group by split_part(substr(l.line, 45, 12), ',', 1), 1 having count(*) > 1);
+    orphans := (
+        select count(*) from durable.started s where s.parent = i_id and durable.is_live(s.id)
+            and exists (select from durable.finished f where f.id = i_id and f.status = 'cancelled'));
     effects := array(select e.step from effect e where e.id = i_id);
     outcome := (
         select case f.status when 'completed' then f.output::json #>> '{}' else f.status end
@@ -49,13 +57,15 @@ $$
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Where a workflow stands, and what of it there is twice. ``outcome``: what it came to, if it has ended."""
+    """Where a workflow stands, and what of it there is twice. ``outcome``: what it came to, if it has ended;
+    ``orphans``: its children that live although it was cancelled."""
 
     places: list[str]
     missed: int
     repeated: list[str]
     effects: list[str]
     outcome: str | None
+    orphans: int
 
     def broken(self, *, may_repeat: bool) -> str | None:
         """The invariant that does not hold. ``may_repeat``: a step that stood aside may have been put back into the log."""
@@ -75,6 +85,8 @@ class Finding(msgspec.Struct, frozen=True):
             return f"it stays where it is: {', '.join(self.places)}"
         if self.outcome not in outcomes:
             return f"it came to '{self.outcome}', not to one of {', '.join(outcomes)}"
+        if self.orphans:
+            return f"it was cancelled, and {self.orphans} of its children live"
         is_cancelled = self.outcome == "cancelled"
         if ("clean" in self.effects) != is_cancelled:
             return f"I2: {self.outcome}, and the steps that left something are {', '.join(self.effects) or 'none'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from durable_cluster import App, Context, Continuation
+from durable_cluster import App, Child, Context, Continuation, Limit
 
 TIMEOUT_S = 100.0
 SHORT_S = 5.0
@@ -39,6 +39,12 @@ def _add_machine(app: App, name: str, *, is_transactional: bool) -> None:
                 return ctx.goto(work, state)
             case "go":
                 return ctx.goto(worked, state)
+            case "permit":
+                return ctx.goto(permitted, state)
+            case "join":
+                return _join(ctx, state, _children(state))
+            case "spawn":
+                return ctx.spawn(_children(state), then=spawned, state=state)
             case do:
                 return ctx.done(do)
 
@@ -46,6 +52,31 @@ def _add_machine(app: App, name: str, *, is_transactional: bool) -> None:
         if state["timeout"]:
             return ctx.wait_for("answer", then=got, state=state, timeout=TIMEOUT_S, on_timeout=late)
         return ctx.wait_for("answer", then=got, state=state)
+
+    def _children(state: State) -> list[Child]:
+        does = {"do": state["child"], "times": 1, "timeout": False, "got": []}
+        return [app.workflow("flow").child(does) for _ in range(state["children"])]
+
+    def _join(ctx: Context, state: State, children: list[Child]) -> Continuation:
+        if state["timeout"]:
+            return ctx.gather(children, then=joined, state=state, timeout=TIMEOUT_S, on_timeout=late)
+        return ctx.gather(children, then=joined, state=state)
+
+    @machine.step()
+    def spawned(ctx: Context, state: State) -> Continuation:
+        return ctx.wait_for("answer", then=joins, state=state)
+
+    @machine.step()
+    def joins(ctx: Context, state: State) -> Continuation:
+        return _join(ctx, state, [])
+
+    @machine.step()
+    def joined(ctx: Context, state: State) -> Continuation:
+        return ctx.done(f"joined {sum(child.is_completed for child in ctx.results)}")
+
+    @machine.step(limit=Limit("explored", concurrency=1, key=lambda state: state["key"]))
+    def permitted(ctx: Context, state: State) -> Continuation:
+        return ctx.done("permitted")
 
     @machine.step()
     def got(ctx: Context, state: State) -> Continuation:

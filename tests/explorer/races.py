@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from durable_cluster import coordination
 from explorer.flows import SHORT_S, TIMEOUT_S
 from explorer.scene import Race, Scene
 
@@ -176,6 +177,120 @@ def cancel_while_the_sleep_ends(scene: Scene) -> None:
     scene.page(is_mortal=True)
     scene.sweep(after_s=TIMEOUT_S + 1)
     scene.consumer()
+
+
+# --- joins
+
+
+@race("log")
+def last_two_children_at_once(scene: Scene) -> None:
+    parent, children = scene.family("join", 2)
+    parent.ends_as("joined 2")
+    for child in children:
+        child.ends_as(RESUMED)
+        scene.answer(child)
+        scene.start("nap").ends_as("slept", takes_time=True)  # so that the page takes several statements
+        scene.page(is_mortal=True)
+    scene.consumer(takes_over=True)
+
+
+@race()
+def last_child_while_the_wait_for_it_begins(scene: Scene) -> None:
+    parent, (child,) = scene.family("spawn", 1)
+    parent.ends_as("joined 1")
+    child.ends_as(RESUMED)
+    for flow in (child, parent):
+        scene.answer(flow)
+        scene.page(is_mortal=True)
+
+
+@race("timers")
+def last_child_against_the_timeout(scene: Scene) -> None:
+    parent, (child,) = scene.family("join", 1, timeout=True)
+    parent.ends_as("joined 1", "late", takes_time=True)
+    child.ends_as(RESUMED)
+    scene.answer(child)
+    scene.page(is_mortal=True)
+    scene.sweep(after_s=TIMEOUT_S + 1)
+
+
+@race()
+def last_child_while_its_parent_is_cancelled(scene: Scene) -> None:
+    parent, (child,) = scene.family("join", 1)
+    parent.ends_as("joined 1", CANCELLED)
+    child.ends_as(RESUMED, CANCELLED)
+    scene.answer(child)
+    scene.page(is_mortal=True)
+    scene.cancel(parent)
+    scene.page(is_mortal=True)
+    scene.consumer()
+
+
+@race()
+def cancel_while_children_are_spawned(scene: Scene) -> None:
+    parent = scene.start("join", child="wait", children=2)
+    parent.ends_as(CANCELLED)
+    scene.page(is_mortal=True)
+    scene.cancel(parent)
+    scene.page(is_mortal=True)
+
+
+@race("log")
+def redelivery_of_the_step_that_spawns(scene: Scene) -> None:
+    parent = scene.start("join", child="pass", children=2, is_paid=True)
+    parent.ends_as("joined 2")
+    scene.page(is_mortal=True)
+    scene.consumer(takes_over=True)
+
+
+# --- pauses and limits
+
+
+@race()
+def resume_while_a_page_puts_aside(scene: Scene) -> None:
+    scene.may_repeat = True
+    flow = scene.start("go")
+    flow.ends_as("worked")
+    flow.handle.pause()
+    scene.page(is_mortal=True)
+    scene.client(lambda tx: coordination.resume(tx, "workflow", flow.handle.id) and None)
+    scene.consumer(takes_over=True)
+
+
+@race()
+def cancel_while_a_page_puts_aside(scene: Scene) -> None:
+    scene.may_repeat = True
+    flow = scene.start("go")
+    flow.ends_as(CANCELLED)
+    flow.handle.pause()
+    scene.page(is_mortal=True)
+    scene.cancel(flow)
+    scene.page(is_mortal=True)
+
+
+@race("log")
+def last_permit(scene: Scene) -> None:
+    """One of two holds it; who gives it back lets the other pass, or whoever takes over."""
+    scene.may_repeat = True
+    for _ in range(2):
+        flow = scene.start("permit")
+        flow.ends_as("permitted")
+        scene.lab.settler.work()
+        scene.page(is_mortal=True)
+    scene.consumer(takes_over=True)
+
+
+@race()
+def cancel_of_one_that_waits_for_a_permit(scene: Scene) -> None:
+    scene.may_repeat = True
+    holder, waiting = scene.start("permit"), scene.start("permit")
+    holder.ends_as("permitted")
+    waiting.ends_as("permitted", CANCELLED)
+    scene.lab.settler.work()
+    scene.page(is_mortal=True)
+    scene.cancel(waiting)
+    scene.page(is_mortal=True)
+    scene.consumer(takes_over=True)
 
 
 # --- redelivery

@@ -162,9 +162,9 @@ class Scene:
 
     # What is there before the race.
 
-    def start(self, do: str, *, times: int = 1, timeout: bool = False, is_paid: bool = False) -> Flow:
+    def start(self, do: str, *, times: int = 1, timeout: bool = False, is_paid: bool = False, **more: Any) -> Flow:
         """A workflow that has just been started."""
-        state = {"do": do, "times": times, "timeout": timeout, "got": []}
+        state = {"do": do, "times": times, "timeout": timeout, "got": [], "key": self.new_key, **more}
         handle = self.lab.app.workflow("paid" if is_paid else "flow").start(state, tx=self.lab.control)
         self.flows.append(Flow(lambda: handle, is_paid=is_paid))
         return self.flows[-1]
@@ -180,6 +180,20 @@ class Scene:
         for _ in range(STEPS_TO_STAND.get(do, 1)):
             self.lab.settler.work()
         return flow
+
+    def family(self, do: str, children: int, **options: Any) -> tuple[Flow, list[Flow]]:
+        """A workflow that has spawned so many children, all of which wait for a signal, and they."""
+        parent = self.standing(do, child="wait", children=children, **options)
+        self.lab.settler.work()
+        for child in parent.handle.children():
+            handle = Handle(self.lab.app.client, "flow", child.id)
+            self.flows.append(Flow(lambda handle=handle: handle))  # type: ignore[misc]
+        return parent, self.flows[-children:]
+
+    def answer(self, flow: Flow) -> None:
+        """A signal that has been delivered: the step that it resumes is in the log."""
+        self.signal(flow, 1)
+        self.lab.settler.work()
 
     def signal(self, flow: Flow, payload: int) -> None:
         """A signal that is on its way."""

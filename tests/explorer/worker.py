@@ -13,8 +13,9 @@ from durable_cluster.beside import Beside
 from durable_cluster.envelope import Envelope, decode_line, decode_page
 from durable_cluster.errors import BatchLost
 from durable_cluster.executor import Task
-from durable_cluster.handoff import Answer, Detached, Slot, Window
+from durable_cluster.handoff import Answer, Window
 from durable_cluster.page import PageRunner
+from durable_cluster.side_results import Detached, Slot
 from explorer.actors import ActorConnection
 
 SHARD = 0
