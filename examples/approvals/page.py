@@ -115,14 +115,13 @@ def look(connection: psycopg.Connection[Any], path: str) -> Shown | None:
 
 
 def answer(connection: psycopg.Connection[Any], path: str, approver: str, decision: str, note: str) -> None:
-    """Signal the workflow, and wait a moment until it has decided. Of several clicks on one link the first counts."""
+    """Signal the workflow, and wait a moment until it has decided. The token works once: of several clicks the first counts."""
     found = PATH.fullmatch(path)
     assert found is not None
     try:
         app.get(found[1]).signal(
             decision,
             msgspec.to_builtins(Answer(note)),
-            key=digest_of(path).hex(),
             token=found[2],
             actor=approver,
             tx=connection,
