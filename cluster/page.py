@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("durable_cluster.page")
 
+MAY_HAVE_CHILDREN = (Spawning, Joining, Noted)
+KNOWN = (Task, Delivery, Cancel, Setting)
+
 
 class PageDone(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a page: lines handed on, those that have a successor in the log now, whether its window is finished."""
@@ -97,7 +100,7 @@ class PageRunner:
             if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
                 break
             slot = self._begin(envelope)
-            if isinstance(slot, Spawning | Joining | Noted):
+            if isinstance(slot, MAY_HAVE_CHILDREN):
                 children += len(slot.children)
             if isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:
@@ -137,7 +140,7 @@ class PageRunner:
                 return instead
             envelope = instead or envelope
         task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
-        if task is None or not (isinstance(task, Task | Delivery | Cancel | Setting) or envelope.has_names):
+        if task is None or not (isinstance(task, KNOWN) or envelope.has_names):
             return self._begin(None)
         if envelope.has_children and isinstance(task, Task):
             task = msgspec.structs.replace(task, children=self._children.get(envelope.workflow_id))
