@@ -36,7 +36,7 @@ explore: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m durable_cluster.loadtest.chaos $(if $(SEED),--seed $(SEED))
 
-# A million sleepers, 10,000 due at once, slow steps beside quick ones, killed consumers, a lost host: each figure against its
+# A million sleepers, 10,000 due at once, a crowd that waits, slow steps beside quick ones, killed consumers, a lost host: each figure against its
 # limit. Some ten minutes on an idle machine; NAMES="page host" measures only those.
 survival: $(READY)
 	$(BIN)/python -m durable_cluster.loadtest.survival $(NAMES)

@@ -293,9 +293,9 @@ class Handle:
         """
         return coordination.pause(self._client.connection(), "workflow", self.id, actor=actor)
 
-    def resume(self) -> bool:
+    def resume(self, *, actor: str | None = None) -> bool:
         """Go on after a pause. Whether there was one. Raises UnknownWorkflow."""
-        return coordination.resume(self._client.connection(), "workflow", self.id) is not None
+        return coordination.resume(self._client.connection(), "workflow", self.id, actor=actor) is not None
 
     def set_attributes(
         self, attributes: Attributes, *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None

@@ -15,14 +15,13 @@ from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import AppError, InputError
 from durable_cluster.joins import Child, ChildResult, Results, checked_children
-from durable_cluster.notes import Attributes, Noted, Scalar, checked_attributes, checked_progress
+from durable_cluster.notes import Attributes, Notes, checked_attributes, checked_progress
 from durable_cluster.retry import Retry
 from durable_cluster.settings import checked_name
 from durable_cluster.signals import Signal, signal_of, token, token_seq_of
 
 if TYPE_CHECKING:
     from durable_cluster.app import Machine
-    from durable_cluster.executor import Result
 
 SHORT_ID_DIGITS = 12
 
@@ -40,8 +39,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
     _connection: psycopg.Connection[Any] | None = None
     _said: msgspec.Raw | None = None
     _children: list[ChildResult] | None = None
-    _attributes: dict[str, Scalar] | None = None
-    _published: msgspec.Raw | None = None
+    notes: Notes | None = None
 
     def __repr__(self) -> str:
         return f"<Context of step {self.seq} ('{self.step}') of {self.short_id}…>"
@@ -115,7 +113,8 @@ class Context(msgspec.Struct, eq=False, gc=False):
         Written with the handoff of this step, or not at all: an attempt that fails changes nothing. At most 32, in 4 KiB; a step
         that would make them more is a dead letter. Raises InputError.
         """
-        self._attributes = checked_attributes({**(self._attributes or {}), **checked_attributes(attributes)})
+        self.notes = notes = self.notes or Notes()
+        notes.attributes = checked_attributes({**(notes.attributes or {}), **checked_attributes(attributes)})
 
     def set_progress(self, progress: Any) -> None:
         """Publish how far the workflow is (JSON, at most 8 KiB), for ``handle.progress()``; the last word counts.
@@ -123,18 +122,13 @@ class Context(msgspec.Struct, eq=False, gc=False):
         For onlookers, not for the next attempt: that is ``heartbeat``. Written with the handoff of this step; while the step runs
         beside the pages, about once a second. Raises InputError.
         """
-        self._published = checked_progress(progress, step=self.step)
+        self.notes = notes = self.notes or Notes()
+        notes.progress = checked_progress(progress, step=self.step)
 
     @property
     def published(self) -> msgspec.Raw | None:
         """What ``set_progress`` was last told, as JSON."""
-        return self._published
-
-    def noted(self, result: Result) -> Result:
-        """``result`` with what the step said besides, if it did."""
-        if self._attributes is None and self._published is None:
-            return result
-        return Noted(self._envelope, result, self._attributes, self._published)
+        return None if self.notes is None else self.notes.progress
 
     def goto(self, step: str | Callable[..., Any], state: Any, *, retry: Retry | None = None) -> Continuation:
         """Go on with ``step`` (the decorated function, or its name) and ``state``.

@@ -143,10 +143,10 @@ def pause(connection: Connection, scope: str, name: str, *, actor: str | None) -
     return bool(row and row[0])
 
 
-def resume(connection: Connection, scope: str, name: str) -> int | None:
+def resume(connection: Connection, scope: str, name: str, *, actor: str | None = None) -> int | None:
     """Take a pause back; how many step events it held, None if there was none. Raises UnknownWorkflow, InputError."""
     with translated():
-        row = plain_cursor(connection).execute("select durable.resume(%s, %s)", (scope, name)).fetchone()
+        row = plain_cursor(connection).execute("select durable.resume(%s, %s, %s)", (scope, name, actor)).fetchone()
     return None if row is None else row[0]
 
 

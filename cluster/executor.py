@@ -150,7 +150,8 @@ def queued(task: Task) -> Result | None:
 
 def call(task: Task, context: Context) -> Result:
     """Run a ``def`` step and let what it raises pass: what a transactional step did must then be rolled back."""
-    return context.noted(conclude(task, task.step.handler(*_arguments(task, context))))
+    result = conclude(task, task.step.handler(*_arguments(task, context)))
+    return result if context.notes is None else Noted(task.envelope, result, context.notes)
 
 
 def run(task: Task, context: Context) -> Result:
@@ -166,7 +167,8 @@ async def run_async(task: Task, context: Context) -> Result:
     try:
         async with asyncio.timeout(task.step.timeout_s) as limit:
             returned = await task.step.handler(*_arguments(task, context))
-        return context.noted(conclude(task, returned))
+        result = conclude(task, returned)
+        return result if context.notes is None else Noted(task.envelope, result, context.notes)
     except FAILURES as error:
         return failed(task, timed_out(task) if limit.expired() and isinstance(error, TimeoutError) else error, context)
 

@@ -28,13 +28,24 @@ Scalar = str | int | float | bool | None
 Attributes = Mapping[str, Scalar]
 
 
+class Notes(msgspec.Struct):
+    """What a step has said so far. ``progress``: JSON."""
+
+    attributes: dict[str, Scalar] | None = None
+    progress: msgspec.Raw | None = None
+
+
 class Noted(msgspec.Struct, frozen=True, gc=False):
-    """The result of a step that said something besides. ``envelope``: its own; ``progress``: JSON."""
+    """The result of a step that said something besides. ``envelope``: its own."""
 
     envelope: Envelope
     result: Result
-    attributes: Attributes | None
-    progress: msgspec.Raw | None
+    notes: Notes
+
+    @property
+    def attributes(self) -> Attributes | None:
+        """What it changes."""
+        return self.notes.attributes
 
     @property
     def children(self) -> Sequence[Any]:

@@ -30,8 +30,8 @@ def write(tx: Connection, slots: MutableSequence[Any]) -> dict[int, DeadLetter]:
         workflow_id = note.envelope.workflow_id
         if note.attributes:
             changes[workflow_id] = {**changes.get(workflow_id, {}), **note.attributes}
-        if isinstance(note, Noted) and note.progress is not None:
-            progress[workflow_id] = bytes(note.progress).decode()
+        if isinstance(note, Noted) and note.notes.progress is not None:
+            progress[workflow_id] = bytes(note.notes.progress).decode()
         slots[index] = note.result if isinstance(note, Noted) else None
     refused: set[str] = set()
     if changes:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("durable_cluster.page")
 
+MAY_HAVE_CHILDREN = (Spawning, Joining, Noted)
+
 
 class PageDone(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a page: lines handed on, those that have a successor in the log now, whether its window is finished."""
@@ -105,7 +107,7 @@ class PageRunner:
             if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
                 break
             slot = self._begin(envelope)
-            if isinstance(slot, Spawning | Joining | Noted):
+            if isinstance(slot, MAY_HAVE_CHILDREN):
                 children += len(slot.children)
             if isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:

@@ -30,15 +30,16 @@ def sleepers(
         stage.running_cluster(dsn, processes=shards, shards=shards, app=survival_flows.__name__ + ":app") as cluster,
         connect(dsn, name="durable-loadtest") as connection,
     ):
-        figures = [_start(connection, count)]
-        figures += _idle(connection, cluster, shards=shards, seconds=idle_s)
+        figures = [start(connection, count)]
+        figures += idle(connection, cluster, shards=shards, seconds=idle_s)
         for after_s in due_after_s:
-            figures += _due(connection, due, after_s)
+            figures += due_at_once(connection, due, after_s)
         cluster.demand_whole()
     return figures
 
 
-def _start(connection: Connection, count: int) -> Figure:
+def start(connection: Connection, count: int) -> Figure:
+    """Put so many to sleep, for months."""
     begun = time.perf_counter()
     for first in range(0, count, STARTED_AT_ONCE):
         numbers = range(first, min(count, first + STARTED_AT_ONCE))
@@ -67,7 +68,7 @@ class Meters(msgspec.Struct, frozen=True):
     children_s: dict[int, float]
 
 
-def _idle(connection: Connection, cluster: stage.RunningCluster, *, shards: int, seconds: float) -> list[Figure]:
+def idle(connection: Connection, cluster: stage.RunningCluster, *, shards: int, seconds: float) -> list[Figure]:
     """All consumers asleep, for so long. A span in which autovacuum worked is measured again."""
     stage.await_sleep(connection)
     time.sleep(measure.SETTLED_S)
@@ -104,7 +105,7 @@ def _read(connection: Connection, cluster: stage.RunningCluster) -> Meters:
     )
 
 
-def _due(connection: Connection, count: int, after_s: float) -> list[Figure]:
+def due_at_once(connection: Connection, count: int, after_s: float, *, late_s_max: float = LATE_S_MAX) -> list[Figure]:
     """Workflows that wake in one moment: when they ran, less when they should have."""
     with connection.transaction():
         connection.execute(
@@ -133,7 +134,7 @@ def _due(connection: Connection, count: int, after_s: float) -> list[Figure]:
     kind = "long" if after_s > LONG_S else "short"
     where = f"{count:,} {kind} sleeps due at once: "
     return [
-        Figure(of="due", what=f"{where}the last runs after", value=float(last_s), unit="s", limit=LATE_S_MAX),
+        Figure(of="due", what=f"{where}the last runs after", value=float(last_s), unit="s", limit=late_s_max),
         Figure(of="due", what=f"{where}the median after", value=float(median_s), unit="s"),
         Figure(of="due", what=f"{where}ran too early", value=float(early), unit="", limit=0),
     ]

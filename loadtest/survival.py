@@ -4,6 +4,7 @@ Each measurement runs the product on a database of its own; its figures stand be
 0 only if all do. Measurements, in this order; without a name, all of them:
     sleepers   a million workflows asleep for 30 to 365 days: what that costs while nothing is due
     due        beside those, 10,000 that are due in one moment: how late the last of them runs
+    crowd      a start, a signal, a cancel beside a million sleepers and 100,000 that wait for a signal, and 100,000 due at once
     page       999 quick lines in one page with a step of 30 s: until the last of them is done, from the commit of their start
     beside     chains on a process that has 1,000 calls of 10 s in flight, against the same chains alone, by turns
     recovery   consumers killed (SIGKILL) with a window and detached steps in hand: until others go on with both
@@ -22,10 +23,10 @@ from collections.abc import Sequence
 import msgspec
 
 from durable_cluster.errors import DurableError
-from durable_cluster.loadtest import alongside, recovery, sleepers, stage, survival_flows
+from durable_cluster.loadtest import alongside, crowd, recovery, sleepers, stage, survival_flows
 from durable_cluster.loadtest.figures import Figure, say
 
-NAMES = ("sleepers", "due", "page", "beside", "recovery", "host")
+NAMES = ("sleepers", "due", "crowd", "page", "beside", "recovery", "host")
 
 
 def measured(options: argparse.Namespace, dsn: str, name: str) -> list[Figure]:
@@ -39,6 +40,15 @@ def measured(options: argparse.Namespace, dsn: str, name: str) -> list[Figure]:
             idle_s=options.idle,
             due=options.due,
             due_after_s=due_after_s,
+        )
+    if name == "crowd":
+        return crowd.crowd(
+            dsn,
+            asleep=options.sleepers,
+            waiting=options.waiting,
+            shards=options.shards,
+            idle_s=options.idle,
+            due=options.crowd_due,
         )
     if name == "page":
         return alongside.page(dsn, lines=options.lines, slow_s=options.slow, rounds=options.pages)
@@ -63,6 +73,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("shards", 8, "shards beside the sleepers"),
         ("idle", 10.0, "seconds to look on while they sleep"),
         ("due", 10_000, "workflows due at once"),
+        ("waiting", 100_000, "workflows that wait for a signal, in the crowd"),
+        ("crowd-due", 100_000, "workflows due at once beside the crowd"),
         ("lines", 1_000, "lines of the page with a slow step"),
         ("slow", 30.0, "seconds that the slow step takes"),
         ("pages", 5, "such pages of each kind"),

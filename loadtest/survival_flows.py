@@ -36,6 +36,8 @@ class Nap(msgspec.Struct, frozen=True):
 
 
 sleeper = app.machine("sleeper", state=int)
+napper = app.machine("napper", state=int)
+waiter = app.machine("waiter", state=int)
 quick = app.machine("quick", state=int)
 awaited = app.machine("awaited", state=float)
 threaded = app.machine("threaded", state=float)
@@ -47,6 +49,21 @@ caller = app.machine("caller", state=int)
 
 @sleeper.step(start=True)
 def wake(ctx: Context, number: int) -> Continuation:
+    return ctx.done(number)
+
+
+@napper.step(start=True)
+def fall_asleep(ctx: Context, number: int) -> Continuation:
+    return ctx.sleep("30d", then=fall_asleep, state=number)
+
+
+@waiter.step(start=True)
+def wait(ctx: Context, number: int) -> Continuation:
+    return ctx.wait_for("go", then=go_on, state=number)
+
+
+@waiter.step()
+def go_on(ctx: Context, number: int) -> Continuation:
     return ctx.done(number)
 
 

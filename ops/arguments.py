@@ -75,9 +75,7 @@ def parser() -> Parser:
 
     _add_cancel(command("cancel", "ask a workflow to end; its cleanup runs in place of its next step"))
 
-    _add_pause(command("pause", "let no step of a workflow, of all of a type, or of a shard begin")).add_argument(
-        "--actor", metavar="WHO", help="who pauses"
-    )
+    _add_pause(command("pause", "let no step of a workflow, of all of a type, or of a shard begin"))
     _add_pause(command("resume", "let go on what was paused"))
 
     priority = command("priority", "give a workflow a larger or smaller share of the turns")
@@ -123,13 +121,13 @@ def _add_cancel(cancel: Parser) -> None:
     cancel.add_argument("--no-cascade", dest="cascade", action="store_false", help="leave its children alone")
 
 
-def _add_pause(pause: Parser) -> Parser:
+def _add_pause(pause: Parser) -> None:
     pause.add_argument("id", nargs="?", metavar="ID", help="one workflow: an id, or the first digits of one")
     pause.add_argument("--workflow", metavar="NAME", help="all workflows of this type")
     pause.add_argument(
         "--shard", type=_between(0, SHARDS_MAX - 1), metavar="N", help="all that is read from this shard"
     )
-    return pause
+    pause.add_argument("--actor", metavar="WHO", help="who does it")
 
 
 def _add_signal(signal: Parser) -> None:

@@ -47,7 +47,7 @@ def resume(terminal: Terminal, target: Target, options: argparse.Namespace) -> i
     with target.opened() as database, database.connect("resume") as connection:
         schema.demand_installed(connection)
         scope, name = _meant(connection, options)
-        freed = coordination.resume(connection, scope, name)
+        freed = coordination.resume(connection, scope, name, actor=options.actor)
     shown, words = _shown(scope, name)
     told = f"{words} was not paused" if freed is None else f"{words} goes on; {freed:,} steps had been held"
     terminal.answer(Paused(scope=scope, name=shown, changed=freed is not None, step_events=freed), [told])

@@ -73,9 +73,10 @@ def test_a_step_writes_its_line_to_the_wal_once_and_little_else(report: dict[str
 def test_a_step_changes_no_row(report: dict[str, object]) -> None:
     """A page changes one row and a claim's window another; pages here hold hundreds of steps, where a full one holds 1,000.
 
-    So the gate of 0.01 a step is for full pages, and as much again is allowed for small ones and for falling asleep.
+    So the gate of 0.01 a step is for full pages, and as much again is allowed for small ones and for falling asleep; on a machine
+    that does much else, whose pages are smaller still, 400 rows a second.
     """
-    assert number(report, "changed_rows_per_step") <= 0.02
+    assert number(report, "changed_rows_per_step") <= max(0.02, 400 / number(report, "steps_per_s"))
 
 
 def test_an_idle_cluster_consumes_no_transaction_ids(report: dict[str, object]) -> None:

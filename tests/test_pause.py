@@ -218,3 +218,24 @@ def test_what_cannot_be_paused_is_told(app: App, conn: Connection) -> None:
             coordination.pause(conn, scope, name, actor=None)
     with pytest.raises(UnknownWorkflow):
         coordination.pause(conn, "workflow", "nonsense", actor=None)
+
+
+def test_the_audit_tells_who_paused_and_resumed_what(app: App, conn: Connection) -> None:
+    handle = started(app)
+    conn.execute("select durable.set_audit(true)")
+    handle.pause(actor="ada")
+    handle.pause(actor="eve")
+    handle.resume(actor="bob")
+    coordination.pause(conn, "shard", "1", actor="ada")
+    app.workflow("flow").pause(actor="ada")
+    handle.set_priority(4)
+    coordination.set_limit(conn, "stripe", concurrency=3, rate=None, period_s=None)
+    rows = conn.execute(
+        "select what, id, actor, details from durable.audit where what <> 'audit_on' order by number"
+    ).fetchall()
+    short = handle.id[:12]
+    assert [row[:3] for row in rows] == [
+        ("pause", short, "ada"), ("resume_pause", short, "bob"), ("pause", None, "ada"), ("pause", None, "ada"),
+        ("set_priority", short, None), ("set_limit", None, None),
+    ]  # fmt: skip
+    assert [row[3] for row in rows][2:5] == [{"shard": "1"}, {"type": "flow"}, {"weight": 4}]

@@ -29,6 +29,11 @@ REASONS = MappingProxyType(
             "TOAST rows, full pages after a checkpoint. A server with lz4 compresses the chunks (0.49 × on PostgreSQL 15 here); "
             "the embedded one is built without it."
         ),
+        "throughput lost beside a held snapshot": (
+            "the machine: its speed wanders by as much within a run, also without a snapshot (see the chart of throughput). What a "
+            "snapshot itself costs is the next line, processor time of Postgres a step."
+        ),
+        "idle: Postgres": "what autovacuum and the checkpointer still do for the load before, in one window of some seconds.",
         "lone chain, a step, p50": _LONE,
         "lone chain, a step, p99": "the same, beside what else the machine does.",
         "W2 lone ten-step flow, p50": "ten lone steps, a start, and the consumer's waking.",

@@ -128,6 +128,13 @@ def _look(here: Scene, workers: Workers) -> Look:
     return time.perf_counter(), here.ledger.steps(), here.read(workers)
 
 
+def _server_us(looks: list[Look], *, from_s: float, to_s: float) -> float | None:
+    """Processor time of Postgres a step, of the looks in that span."""
+    some = [look for look in looks if from_s <= look[0] - looks[0][0] <= to_s]
+    cost = meters.between(some[0][2], some[-1][2])
+    return None if cost.server_s is None else cost.server_s / (some[-1][1] - some[0][1]) * 1e6
+
+
 class _Told:
     """The cells and points of one system under one condition."""
 
@@ -180,6 +187,10 @@ class _Told:
             yield self.cell("steps/s before", free, "steps/s")
             yield self.cell("steps/s at the end", late, "steps/s")
             yield self.cell("drift", 100 * (1 - late / free), "%")
+            before_us = _server_us(looks, from_s=0.0, to_s=free_s * 1.01)
+            after_us = _server_us(looks, from_s=free_s + held_s * 2 / 3, to_s=math.inf)
+            gained = None if before_us is None or after_us is None else 100 * (after_us / before_us - 1)
+            yield self.cell("CPU of Postgres drift", gained, "%")
 
     def costs(self, looks: list[Look]) -> Iterable[Cell]:
         """What a step of the window cost."""

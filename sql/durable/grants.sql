@@ -48,7 +48,7 @@ begin
         durable.retry_dead_letter(uuid, text, int), durable.retry_dead_letters(text, text, text, int, timestamptz),
         durable.purge_dead_letter(uuid), durable.purge_dead_letters(text, text, text, int, timestamptz) to durable_operator;
     grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int), durable.cancel(uuid, text, text, boolean),
-        durable.group_of(uuid), durable.pause(text, text, text), durable.resume(text, text),
+        durable.group_of(uuid), durable.pause(text, text, text), durable.resume(text, text, text),
         durable.set_priority(text, float8), durable.set_limit(text, int, int, interval), durable.reset_limit(text) to durable_operator;
 
     grant execute on function durable.schedules(text), durable.overdue() to durable_viewer, durable_operator;

@@ -230,6 +230,8 @@ begin
     values (i_name, true, i_concurrency, i_rate, extract(epoch from i_period) * 1000)
     on conflict (name) do update set is_set = true, set_concurrency = excluded.set_concurrency, set_rate = excluded.set_rate,
         set_period_ms = excluded.set_period_ms;
+    perform durable.record('set_limit', array[null::uuid], null,
+        array[jsonb_build_object('limit', i_name, 'concurrency', i_concurrency, 'rate', i_rate, 'period', i_period)]);
     perform durable.apply_limit(i_name);
 end
 $$;
@@ -241,6 +243,7 @@ as $$
 begin
     update durable.limit_of l set is_set = false where l.name = i_name and l.is_set;
     if found then
+        perform durable.record('reset_limit', array[null::uuid], null, array[jsonb_build_object('limit', i_name)]);
         perform durable.apply_limit(i_name);
         return true;
     end if;

@@ -29,6 +29,11 @@ begin
 end
 $$;
 
+-- durable.id_or_null(digits): the id of 32 digits; null for the name of a type.
+create or replace function durable.id_or_null(i_digits text) returns uuid
+language sql immutable
+as $$ select case when i_digits ~ '^[0-9a-f]{32}$' then i_digits::uuid end $$;
+
 -- durable.pause(scope, name, actor): from the next page on no step of it runs. Whether that is new.
 --   i_scope  'workflow' (i_name: its whole id), 'type' (its name) or 'shard' (its number)
 -- Errors: DC002, DC003. Tables: pause (a row) or shard (a row changed).
@@ -38,6 +43,7 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_name text := durable.checked_scope(i_scope, i_name);
+    v_is_new boolean;
 begin
     perform durable.checked_label('actor', i_actor, 255);
     if i_scope = 'shard' then
@@ -45,13 +51,26 @@ begin
     else
         insert into durable.pause (scope, name, actor, at) values (i_scope, v_name, i_actor, durable.now()) on conflict do nothing;
     end if;
-    return found;
+    v_is_new := found;
+    if v_is_new then
+        perform durable.record_scope('pause', i_scope, v_name, i_actor);
+    end if;
+    return v_is_new;
 end
 $$;
 
--- durable.resume(scope, name): takes a pause back: what was put aside goes to the end of the log. How many step events; null: it was not
+-- durable.record_scope(what, scope, name, actor): into the audit, without a whole id.
+create or replace function durable.record_scope(i_what text, i_scope text, i_name text, i_actor text) returns void
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select durable.record(i_what, array[durable.id_or_null(i_name)], i_actor,
+        array[case i_scope when 'workflow' then '{}' else jsonb_build_object(i_scope, i_name) end])
+$$;
+
+-- durable.resume(scope, name, actor): takes a pause back: what was put aside goes to the end of the log. How many step events; null: it was not
 -- paused. What another pause holds too is put aside again by the page that meets it. Tables: pause, parked (rows deleted), the logs.
-create or replace function durable.resume(i_scope text, i_name text) returns int
+create or replace function durable.resume(i_scope text, i_name text, i_actor text default null) returns int
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -65,6 +84,7 @@ begin
         if not found then
             return null;
         end if;
+        perform durable.record_scope('resume_pause', i_scope, v_name, i_actor);
         perform pg_notify(durable.queue_of(v_name::int), '');
         return 0;
     end if;
@@ -72,6 +92,7 @@ begin
     if not found then
         return null;
     end if;
+    perform durable.record_scope('resume_pause', i_scope, v_name, i_actor);
     -- A later statement than the one that waited for pages which were putting aside.
     with gone as (
         delete from durable.parked p
@@ -83,11 +104,6 @@ begin
     return coalesce(cardinality(v_ids), 0);
 end
 $$;
-
--- durable.id_or_null(digits): the id of 32 digits; null for the name of a type.
-create or replace function durable.id_or_null(i_digits text) returns uuid
-language sql immutable
-as $$ select case when i_digits ~ '^[0-9a-f]{32}$' then i_digits::uuid end $$;
 
 -- durable.park(ids, seqs, workflows, lines): step events of one page that met a pause, in its transaction, one of each a line. What is
 -- paused no more, or cancelled, goes back to the log at once. Locks: the stripes, then the rows of the pauses. Tables: parked, the logs.

@@ -21,6 +21,7 @@ begin
         insert into durable.priority (id, weight) select i, i_weight from unnest(v_ids) i
         on conflict (id) do update set weight = excluded.weight;
     end if;
+    perform durable.record('set_priority', v_ids, null, array_fill(jsonb_build_object('weight', i_weight), array[cardinality(v_ids)]));
     update durable.queued q set weight = i_weight where q.id = any (v_ids);
     return cardinality(v_ids);
 end

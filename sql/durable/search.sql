@@ -84,7 +84,7 @@ create or replace function durable.list(i_workflow text default null, i_status t
 returns table (id text, workflow text, version int, status text, key text, started_at timestamptz, finished_at timestamptz,
     attributes jsonb, parent text, cursor text)
 language plpgsql stable security definer
-set search_path = pg_catalog, durable, pg_temp set enable_partitionwise_join = on
+set search_path = pg_catalog, durable, pg_temp set enable_partitionwise_join = on set jit = off
 as $$
 declare
     v_attributes jsonb := durable.checked_attributes(i_attributes);
