@@ -27,6 +27,12 @@ OFFERED = (
 )
 
 
+ARGUMENTS = (
+    "select p.proname, array(select substr(a.name, 3) from unnest(p.proargnames) with ordinality a(name, o)"
+    " where a.o <= p.pronargs order by a.o) from pg_proc p where p.pronamespace = 'durable'::regnamespace"
+)
+
+
 class Block(msgspec.Struct, frozen=True):
     """Statements, and what the page shows as the last result among them, if it does."""
 
@@ -165,6 +171,13 @@ def test_the_page_names_whatever_a_client_an_operator_or_a_viewer_may_call(conn:
         sorted(name for name in offered if f"durable.{name}(" not in SQL_PAGE and f"`durable.{name}`" not in SQL_PAGE)
         == []
     )
+
+
+def test_the_page_names_their_arguments_as_they_are(conn: psycopg.Connection) -> None:
+    known = {(name, ", ".join(arguments)) for name, arguments in conn.execute(ARGUMENTS)}
+    said = re.findall(r"`durable\.(\w+)\(([a-z_, ]+)\)`", SQL_PAGE)
+    assert len(said) > 30
+    assert [call for call in said if call not in known] == []
 
 
 def test_the_page_explains_every_error_of_ours() -> None:
