@@ -74,7 +74,7 @@ def page_of(shown: Shown) -> str:
 
 def verdict_of(shown: Shown) -> str:
     """What was decided, by whom, when."""
-    at = "" if shown.decided_at is None else f" on <time>{shown.decided_at:%Y-%m-%d at %H:%M}</time>"
+    at = "" if shown.decided_at is None else f" on <time>{shown.decided_at:%Y-%m-%d at %H:%M %Z}</time>"
     by = "" if shown.decided_by is None else f" by {escape(shown.decided_by)}"
     note = f"<q>{escape(shown.note)}</q>" if shown.note else ""
     return f'<p class="verdict {escape(shown.status)}"><strong>{escape(shown.status.capitalize())}</strong>{by}{at}.{note}</p>'

@@ -86,7 +86,7 @@ class Request(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         fields = parse_qs(self.rfile.read(int(length)).decode("utf-8", "replace"))
-        decision, note = fields.get("decision", [""])[0], fields.get("note", [""])[0]
+        decision, note = fields.get("decision", [""])[0], fields.get("note", [""])[0].replace("\0", "")
         return (decision, note[:NOTE_CHARS_MAX]) if decision in ("approved", "rejected") else None
 
     def _answer(self, status: HTTPStatus, text: str) -> None:
@@ -119,13 +119,8 @@ def answer(connection: psycopg.Connection[Any], path: str, approver: str, decisi
     found = PATH.fullmatch(path)
     assert found is not None
     try:
-        app.get(found[1]).signal(
-            decision,
-            msgspec.to_builtins(Answer(note)),
-            token=found[2],
-            actor=approver,
-            tx=connection,
-        )
+        said = msgspec.to_builtins(Answer(note))
+        app.get(found[1]).signal(decision, said, token=found[2], actor=approver, tx=connection)
     except UnknownWorkflow:
         return  # another click, or the timeout, was quicker; the page says what came of it
     until = time.monotonic() + SETTLE_S
