@@ -72,7 +72,7 @@ def begin(ctx: Context, asked: Question) -> Continuation:
 
 @agent.step(blocking=True, retry=CALLS, timeout="5m")
 def think(ctx: Context, turn: Turn) -> Continuation:
-    """Ask the model. No transaction is open meanwhile; Onlookers see the turn, the next attempt how many parts had come."""
+    """Ask the model. Onlookers are told of the turn; the next attempt, of how many parts had come."""
     ctx.set_progress({"turn": turn.number})
     with psycopg.connect(app.client.dsn) as connection:
         so_far = transcript(connection, turn.conversation)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,8 +23,8 @@ from durable_cluster.examples.agent.model import Message, Reply, Wanted
 
 PARTS = 4
 SLOW_S = 0.1
-EVERY_WHICH_FAILS = 4
-EVERY_WHICH_IS_SLOW = 3
+EVERY_WHICH_FAILS = 3
+EVERY_WHICH_IS_SLOW = 4
 
 
 def turn_of(transcript: Sequence[Message]) -> Reply:
@@ -59,7 +60,7 @@ class World(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Request)
         self.turns: dict[str, Reply] = {}
         self.effects: dict[str, Wanted] = {}
-        self.calls = 0
+        self.calls: Counter[str] = Counter()
         self.failures = 0
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
@@ -76,8 +77,8 @@ class World(ThreadingHTTPServer):
     def called(self, what: str, key: str, body: bytes) -> tuple[bytes | None, float, _Held | None]:
         """The answer (None: an error), how long it takes, and who holds it."""
         with self._lock:
-            self.calls += 1
-            fails = self.calls % EVERY_WHICH_FAILS == 0
+            self.calls[what] += 1
+            fails = self.calls[what] % EVERY_WHICH_FAILS == 0
             self.failures += fails
             if what == "turns":
                 transcript = msgspec.json.decode(body, type=list[Message])
@@ -86,7 +87,7 @@ class World(ThreadingHTTPServer):
                 done = self.effects.setdefault(key, msgspec.json.decode(body, type=Wanted))
                 answer = msgspec.json.encode(f"{done.tool} {list(self.effects).index(key) + 1} is done")
             held = None if fails else self._held.pop(what, None)
-            return None if fails else answer, SLOW_S if self.calls % EVERY_WHICH_IS_SLOW == 0 else 0.0, held
+            return None if fails else answer, SLOW_S if self.calls[what] % EVERY_WHICH_IS_SLOW == 0 else 0.0, held
 
 
 class _Held:

@@ -122,7 +122,7 @@ def late(ctx: Context, new: Purchase) -> Continuation:
 def decided(ctx: Context, new: Purchase) -> Continuation:
     """The signal is the decision: its name says which, its actor who."""
     assert ctx.signal is not None
-    note = ctx.signal.payload_as(Answer).note
+    note = ctx.signal.payload_as(Answer).note if ctx.signal.payload else ""
     return conclude(ctx, Decision(new.ref, ctx.signal.name, ctx.signal.actor, note))
 
 
