@@ -69,4 +69,4 @@ def test_a_measurement_that_does_not_exist_is_refused(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as refusal:
         survival.main(["slepers"])
     assert refusal.value.code == 2
-    assert "sleepers, due, page" in capsys.readouterr().err
+    assert "sleepers, due, crowd, page" in capsys.readouterr().err
