@@ -59,6 +59,7 @@ class PageRunner:
         self._has_permits = False
         self._weights: Mapping[str, float] = {}
         self._heaviest = 0.0
+        self._is_diverting = False
         self._paused: frozenset[str] = frozenset()
         self._children: Mapping[str, list[ChildResult]] = {}
 
@@ -68,6 +69,7 @@ class PageRunner:
         self._children = self._read_children(page)
         self._has_permits = False
         self._weights, self._heaviest = page.header.weights, _heaviest(page)
+        self._is_diverting = bool(self._cancelled or self._paused or self._heaviest)
         if page.header.suspects:
             return self._run_suspects(window, page)
         slots, runs = self._phase_1(page.lines, window.shard)
@@ -107,9 +109,12 @@ class PageRunner:
             if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
                 break
             slot = self._begin(envelope)
+            if type(slot) is Envelope:  # most are
+                slots.append(slot)
+                continue
             if isinstance(slot, MAY_HAVE_CHILDREN):
                 children += len(slot.children)
-            if isinstance(slot, Task) and slot.step.is_beside:
+            elif isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:
                     runs.append((len(slots), Run(slot, shard)))
                 else:
@@ -141,7 +146,7 @@ class PageRunner:
         if envelope is None:
             logger.error("a line of the log is no step event; it is passed over")
             return None
-        if self._cancelled or self._paused or self._heaviest:
+        if self._is_diverting:
             envelope, instead = self._diverted(envelope)
             if instead is not None:
                 return instead
