@@ -37,7 +37,8 @@ LOW_S = 5.0
 LOADED_AT_ONCE = 10_000
 MIB = 1 << 20
 
-Look = tuple[float, int, meters.Reading]
+Look = tuple[float, int, meters.Reading, bool]
+"""When, how many steps so far, the meters, and whether more was loaded since the look before: then it says little of steps."""
 
 
 def throughput(
@@ -81,13 +82,14 @@ def _watched(
     time.sleep(warm_s)
     with ThreadPoolExecutor(1) as feeder, ExitStack() as stack:
         feeding = feeder.submit(_load, here, like, steps=0.0)
-        looks = [_look(here, workers)]
+        looks = [_look(here, workers, is_fed=False)]
         for number in range(1, max(2, round(window_s / bucket_s)) + 1):
             if held_s and number == round(seconds / bucket_s) + 1:
                 stack.enter_context(held_snapshot(here.system.dsn))
             time.sleep(max(0.0, looks[0][0] + number * bucket_s - time.perf_counter()))
-            looks.append(_look(here, workers))
-            if feeding.done():
+            is_fed = not feeding.done()
+            looks.append(_look(here, workers, is_fed=is_fed))
+            if not is_fed:
                 feeding.result()
                 rest_s = (round(window_s / bucket_s) - number) * bucket_s
                 feeding = feeder.submit(_load, here, like, steps=_missing(here, like, looks, rest_s=rest_s))
@@ -118,21 +120,33 @@ def _load(here: Scene, like: Flow, *, steps: float) -> None:
 
 def _missing(here: Scene, like: Flow, looks: list[Look], *, rest_s: float) -> float:
     """Steps to load more if what is left would not last: a large backlog may be worked off faster than the one that calibrated."""
-    (earlier_s, earlier, _), (at_s, steps, _) = looks[-2:]
+    (earlier_s, earlier, *_), (at_s, steps, *_) = looks[-2:]
     rate = (steps - earlier) / (at_s - earlier_s)
     has_enough = here.flows_made * like.of - steps >= rate * min(rest_s, LOW_S)
     return 0.0 if has_enough else rate * min(rest_s, LOADED_AHEAD_S) * MARGIN
 
 
-def _look(here: Scene, workers: Workers) -> Look:
-    return time.perf_counter(), here.ledger.steps(), here.read(workers)
+def _look(here: Scene, workers: Workers, *, is_fed: bool) -> Look:
+    return time.perf_counter(), here.ledger.steps(), here.read(workers), is_fed
 
 
-def _server_us(looks: list[Look], *, from_s: float, to_s: float) -> float | None:
-    """Processor time of Postgres a step, of the looks in that span."""
-    some = [look for look in looks if from_s <= look[0] - looks[0][0] <= to_s]
-    cost = meters.between(some[0][2], some[-1][2])
-    return None if cost.server_s is None else cost.server_s / (some[-1][1] - some[0][1]) * 1e6
+def _rate(one: Look, other: Look) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])
+
+
+def _server_us(pairs: list[tuple[Look, Look]]) -> float | None:
+    """Processor time of Postgres a step, between these looks."""
+    spent_s = [meters.between(one[2], other[2]).server_s for one, other in pairs]
+    known_s = [spent for spent in spent_s if spent is not None]
+    steps = sum(other[1] - one[1] for one, other in pairs)
+    return sum(known_s) / steps * 1e6 if steps and len(known_s) == len(pairs) else None
+
+
+def _unfed(looks: list[Look], from_s: float, to_s: float) -> list[tuple[Look, Look]]:
+    """Looks of that span with the looks after them, between which nothing was loaded; all, if something always was."""
+    begun_s = looks[0][0]
+    pairs = [(one, other) for one, other in pairwise(looks) if from_s <= other[0] - begun_s <= to_s]
+    return [pair for pair in pairs if not pair[1][3]] or pairs
 
 
 class _Told:
@@ -155,7 +169,7 @@ class _Told:
         )
 
     def points(self, looks: list[Look]) -> Iterable[Point]:
-        for (earlier_s, earlier, _), (at_s, steps, reading) in pairwise(looks):
+        for (earlier_s, earlier, *_), (at_s, steps, reading, _) in pairwise(looks):
             for metric, value in (
                 ("steps/s", (steps - earlier) / (at_s - earlier_s)),
                 ("dead rows", float(reading.dead)),
@@ -172,23 +186,18 @@ class _Told:
                 )
 
     def rates(self, looks: list[Look], *, free_s: float, held_s: float) -> Iterable[Cell]:
-        first_s, first, _ = looks[0]
-        last_s, last, _ = looks[-1]
+        first_s, first, *_ = looks[0]
+        last_s, last, *_ = looks[-1]
         if last == first:
             raise StageError("no step ran while the clock did")
         yield self.cell("steps/s", (last - first) / (last_s - first_s), "steps/s")
         if held_s:
-            rates = [
-                (at_s - first_s, (now - before) / (at_s - before_s))
-                for (before_s, before, _), (at_s, now, _) in pairwise(looks)
-            ]
-            free = median(rate for at_s, rate in rates if at_s <= free_s * 1.01)
-            late = median(rate for at_s, rate in rates if at_s > free_s + held_s * 2 / 3)
+            begun, ending = (0.0, free_s * 1.01), (free_s + held_s * 2 / 3, math.inf)
+            free, late = (median(_rate(*pair) for pair in _unfed(looks, *span)) for span in (begun, ending))
             yield self.cell("steps/s before", free, "steps/s")
             yield self.cell("steps/s at the end", late, "steps/s")
             yield self.cell("drift", 100 * (1 - late / free), "%")
-            before_us = _server_us(looks, from_s=0.0, to_s=free_s * 1.01)
-            after_us = _server_us(looks, from_s=free_s + held_s * 2 / 3, to_s=math.inf)
+            before_us, after_us = (_server_us(_unfed(looks, *span)) for span in (begun, ending))
             gained = None if before_us is None or after_us is None else 100 * (after_us / before_us - 1)
             yield self.cell("CPU of Postgres drift", gained, "%")
 
