@@ -16,7 +16,7 @@ from durable_cluster.client import Client, Handle
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.joins import Child
-from durable_cluster.limits import Limit
+from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.runner import run_here
@@ -66,7 +66,7 @@ class Machine:
         self.app = app
         self.name = checked_name("workflow", name)
         self.version = version
-        self.limit = limit
+        self.limit = checked_limit(limit, of=f"machine '{name}'")
         self.steps: dict[str, Step] = {}
         self.first: Step | None = None
         self.on_cancel: Step | None = None
@@ -99,25 +99,10 @@ class Machine:
         def register(function: F) -> F:
             step_name = checked_name("step", name or function.__name__)
             signature = signature_of(function, default=self._state)
-            if step_name in self.steps:
-                raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
-            if transactional and signature.is_async:
-                raise AppError(f"step '{step_name}' is async and transactional; a transactional step is a plain def")
-            if blocking and (transactional or signature.is_async):
-                other = "transactional" if transactional else "async"
-                raise AppError(
-                    f"step '{step_name}' is blocking and {other}; a blocking step is a plain def for a thread"
-                )
+            self._demand_possible(step_name, start=start, on_cancel=on_cancel)
+            _demand_callable(step_name, signature, transactional=transactional, blocking=blocking)
             if retry is not None and not isinstance(retry, Retry):
                 raise AppError(f"retry of step '{step_name}': {retry!r} is no Retry(…)")
-            if start and self.first is not None:
-                raise AppError(
-                    f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True"
-                )
-            if on_cancel and self.on_cancel is not None:
-                raise AppError(
-                    f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
-                )
             step = Step(
                 name=step_name,
                 handler=function,
@@ -126,7 +111,7 @@ class Machine:
                 is_blocking=blocking,
                 retry=(retry or Retry()).policy,
                 timeout_s=self._timeout_s(step_name, timeout),
-                limit=limit,
+                limit=checked_limit(limit, of=f"step '{step_name}'"),
                 is_limited=limit is not None or (start and self.limit is not None),
                 decoder=_decoder(signature.state, step_name),
             )
@@ -139,6 +124,16 @@ class Machine:
             return function
 
         return register
+
+    def _demand_possible(self, step_name: str, *, start: bool, on_cancel: bool) -> None:
+        if step_name in self.steps:
+            raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
+        if start and self.first is not None:
+            raise AppError(f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True")
+        if on_cancel and self.on_cancel is not None:
+            raise AppError(
+                f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
+            )
 
     def step_name(self, step: str | Callable[..., Any]) -> str:
         """The name of one of this machine's steps. Raises AppError for any other."""
@@ -388,6 +383,14 @@ class App:
     def close(self) -> None:
         """Close this app's connections; the local Postgres stops with its last user."""
         self.client.close()
+
+
+def _demand_callable(step_name: str, signature: Signature, *, transactional: bool, blocking: bool) -> None:
+    if transactional and signature.is_async:
+        raise AppError(f"step '{step_name}' is async and transactional; a transactional step is a plain def")
+    if blocking and (transactional or signature.is_async):
+        other = "transactional" if transactional else "async"
+        raise AppError(f"step '{step_name}' is blocking and {other}; a blocking step is a plain def for a thread")
 
 
 def _decoder(of: Any, step: str) -> msgspec.json.Decoder[Any]:

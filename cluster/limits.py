@@ -10,13 +10,12 @@ import msgspec
 
 from durable_cluster.durations import seconds
 from durable_cluster.envelope import NOT_AN_ENVELOPE, Envelope
-from durable_cluster.errors import InputError
+from durable_cluster.errors import AppError, InputError
 from durable_cluster.settings import checked_name
+from durable_cluster.types import KEY_CHARS_MAX, NOT_OF_A_KEY
 
 LIMIT = "@limit"
 """What the line has in place of a workflow's name that a rate lets the next pass with."""
-KEY_CHARS_MAX = 255
-NOT_OF_A_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 OF_WORKFLOW, OF_STEP = 1, 2
 """The bits of ``Envelope.permit``."""
@@ -90,6 +89,13 @@ class _Told(msgspec.Struct, frozen=True):
 
 
 _told = msgspec.json.Decoder(_Told)
+
+
+def checked_limit(limit: Limit | None, *, of: str) -> Limit | None:
+    """``limit`` if it is one. Raises AppError naming what it was given to."""
+    if limit is None or isinstance(limit, Limit):
+        return limit
+    raise AppError(f"limit of {of}: {limit!r} is no Limit(…); write limit=Limit('stripe', concurrency=10)")
 
 
 def parsed_rate(name: str, rate: str) -> tuple[int, float]:

@@ -41,15 +41,7 @@ def parser() -> Parser:
     def command(name: str, help_: str) -> Parser:
         return _add_command(commands, name, help_)
 
-    start = command("start", "run a cluster here")
-    _add_shards(start)
-    _add_app(start)
-    _add_no_roles(start)
-    _add_log_level(start)
-    start.add_argument("--consumers-per-shard", type=_between(1, CONSUMERS_MAX), default=1, metavar="N")
-    start.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as drain_grace_s=10"
-    )
+    _add_start(command("start", "run a cluster here"))
 
     init = command("init", "install the schema into a database, or upgrade it")
     _add_shards(init)
@@ -59,17 +51,7 @@ def parser() -> Parser:
     uninstall = command("uninstall", "remove the schema, with every workflow in it")
     uninstall.add_argument("--yes", action="store_true", help="do not ask")
 
-    run = command("run", "start workflows and print their ids")
-    run.add_argument("workflow", metavar="WORKFLOW")
-    run.add_argument(
-        "--input", default="null", metavar="JSON|@FILE", help="the input (default null; @- is standard input)"
-    )
-    run.add_argument("--count", type=_between(1, COUNT_MAX), default=1, metavar="N", help="start so many")
-    run.add_argument("--key", help="the same key gives the same workflow")
-    _add_attributes(run, "what 'list' finds it by; may be repeated")
-    run.add_argument("--wait", action="store_true", help="wait for the end and print the result")
-    run.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so many seconds (implies --wait)")
-    _add_app(run)
+    _add_run(command("run", "start workflows and print their ids"))
 
     _add_signal(command("signal", "send a signal to a workflow that waits for it, or will"))
 
@@ -112,6 +94,30 @@ def _add_command(commands: Commands, name: str, help_: str) -> Parser:
     made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
     made.add_argument("--json", action="store_true", help="answer with one JSON document")
     return made
+
+
+def _add_start(start: Parser) -> None:
+    _add_shards(start)
+    _add_app(start)
+    _add_no_roles(start)
+    _add_log_level(start)
+    start.add_argument("--consumers-per-shard", type=_between(1, CONSUMERS_MAX), default=1, metavar="N")
+    start.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as drain_grace_s=10"
+    )
+
+
+def _add_run(run: Parser) -> None:
+    run.add_argument("workflow", metavar="WORKFLOW")
+    run.add_argument(
+        "--input", default="null", metavar="JSON|@FILE", help="the input (default null; @- is standard input)"
+    )
+    run.add_argument("--count", type=_between(1, COUNT_MAX), default=1, metavar="N", help="start so many")
+    run.add_argument("--key", help="the same key gives the same workflow")
+    _add_attributes(run, "what 'list' finds it by; may be repeated")
+    run.add_argument("--wait", action="store_true", help="wait for the end and print the result")
+    run.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so many seconds (implies --wait)")
+    _add_app(run)
 
 
 def _add_cancel(cancel: Parser) -> None:

@@ -8,14 +8,14 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from said import Said, Say
 
 from durable_cluster import side_statements, statements
 from durable_cluster.ops.cli import main
@@ -41,21 +41,6 @@ def charge(ctx: Context, order: Order) -> Continuation:
 WHOLE_ID = re.compile("[0-9a-f]{32}")
 STATE = '{"lines":[1,2],"card":"4242 \\u0000"}'
 APP = ("--app", "flows_of_dead_letters:app")
-
-
-class Said(msgspec.Struct, frozen=True):
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.out)
-
-
-Say = Callable[..., Said]
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psycopg
 import pytest
+from said import Said, Say
 
 from durable_cluster import App, Context, Continuation
 from durable_cluster.firing import Firing
@@ -41,21 +41,6 @@ def write(ctx: Context, report: Report) -> Continuation:
 """
 WHOLE_ID = re.compile("[0-9a-f]{32}")
 CREATE = ("create", "nightly", "0 3 * * *", "report", "--app", "flows_of_schedules:app", "--input", '{"city": "Ulm"}')
-
-
-class Said(msgspec.Struct, frozen=True):
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.out)
-
-
-Say = Callable[..., Said]
 
 
 @pytest.fixture

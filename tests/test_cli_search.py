@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
+from said import Said, Say
 
 from durable_cluster import Handle, UnknownWorkflow, side_statements
 from durable_cluster.client import Client
@@ -29,21 +30,6 @@ def begin(ctx: Context, text: str) -> Continuation:
     return ctx.wait_for("go", then=begin, state=text)
 """
 WHOLE_ID = re.compile("[0-9a-f]{32}(?![0-9a-f])")
-
-
-class Said(msgspec.Struct, frozen=True):
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.out)
-
-
-Say = Callable[..., Said]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 
 from durable_cluster import (
     App,
+    AppError,
     Context,
     Continuation,
     Handle,
@@ -323,3 +324,32 @@ def test_a_key_function_that_fails_is_a_dead_letter_that_says_so(dsn: str) -> No
     assert handle.status() == "stuck"
     assert "the key of its limit 'wrong' failed: KeyError: 'customer'" in str(handle.state().output)
     app.close()
+
+
+def test_a_key_has_255_characters_at_the_most_and_a_limit_is_one(dsn: str) -> None:
+    limit = Limit("x", concurrency=1, key=str)
+    assert limit.key_of("k" * 255) == "k" * 255
+    for wrong in ("k" * 256, "a\nb"):
+        with pytest.raises(InputError, match="at most 255 characters and no control characters"):
+            limit.key_of(wrong)
+    app = App("wrong", dsn=dsn)
+    with pytest.raises(AppError, match=r"limit of machine 'm': 'stripe' is no Limit\(…\)"):
+        app.machine("m", limit="stripe")  # type: ignore[arg-type]
+    with pytest.raises(AppError, match=r"limit of step 'begin': 5 is no Limit\(…\)"):
+        app.machine("n").step(limit=5, name="begin")(lambda state: state)  # type: ignore[arg-type]
+
+
+def test_a_cancel_of_a_step_that_runs_gives_its_permit_back(app: App, conn: Connection, dsn: str) -> None:
+    conn.execute("update durable.slot set shard = 0")
+    handle = app.workflow("flow").start("a")
+    consumer = Consumer(dsn, 0, app.machines, msgspec.structs.replace(app.settings, page_window_ms=1))
+    try:
+        while not conn.execute("select from durable.detached").fetchall():
+            assert consumer.work(lambda: False, lambda: None)
+    finally:
+        consumer.close()
+    assert used(conn) == {("slow", "a"): 1}
+    handle.cancel()
+    app.run(until_idle=True)
+    assert handle.status() == "cancelled"
+    assert used(conn) == {("slow", "a"): 0}

@@ -100,13 +100,15 @@ def test_a_priority_is_changed_while_the_workflow_lives(app: App, conn: Connecti
     app.run(until_idle=True)
     assert weights(conn) == []
     assert not handle.set_priority(2)
-    for wrong in (0, 11, -1):
+    for edge in (0.1, 10):
+        assert app.workflow("flow").start(["x", 0], priority=edge).set_priority(edge)
+    for wrong in (0, 0.09, 10.01, -1):
         with pytest.raises(InputError, match=r"a weight from 0\.1 to 10"):
             handle.set_priority(wrong)
         with pytest.raises(InputError, match=r"a weight from 0\.1 to 10"):
             app.workflow("flow").start(["x", 1], priority=wrong)
     row = conn.execute("select count(*) from durable.started").fetchone()
-    assert row == (1,), "what was refused was not started"
+    assert row == (3,), "what was refused was not started"
 
 
 def test_who_waits_for_a_permit_is_let_pass_by_weight_also_by_one_given_later(app: App, conn: Connection) -> None:

@@ -201,6 +201,8 @@ def test_rotation_is_driven_by_what_has_fired_not_by_what_sleeps(
 class Storm:
     """Inserters that commit late, sweeps that are rolled back, rotations and a clock that is set back: all at once, for a while."""
 
+    INSERTERS = 4
+
     def __init__(self, dsn: str, *, seconds: float, set_clock: Callable[[float], None]) -> None:
         self.dsn = dsn
         self.seconds = seconds
@@ -216,7 +218,7 @@ class Storm:
         self.done = dict.fromkeys(("commits", "rollbacks", "sweeps", "undone", "rotations", "steps_back"), 0)
 
     def run(self) -> None:
-        work = [lambda n=n: self.insert(random.Random(SEED * 100 + n)) for n in range(4)]
+        work = [lambda n=n: self.insert(random.Random(SEED * 100 + n)) for n in range(self.INSERTERS)]
         work += [lambda n=n: self.sweep(random.Random(SEED * 100 + 10 + n)) for n in range(2)]
         work += [lambda: self.rotate(random.Random(SEED)), lambda: self.step_back(random.Random(SEED)), self.watch]
         threads = [threading.Thread(target=self.guarded, args=(act,), daemon=True) for act in work]
@@ -225,6 +227,9 @@ class Storm:
         self.drain.wait(self.seconds)
         self.drain.set()
         deadline = time.monotonic() + 20
+        for inserter in threads[: self.INSERTERS]:
+            # What the last of them commit is to be waited for too.
+            inserter.join(10)
         while set(self.due_not_before) - set(self.seen_at) and time.monotonic() < deadline and not self.failures:
             self.stop.wait(0.02)
         self.stop.set()

@@ -15,7 +15,8 @@ $$;
 -- durable.spawn(…): children of the steps of one page, in its transaction.
 --   i_parents, i_seqs, i_counts, i_cleanups  a line each parent: id, number of its step, how many children, what marks a cleanup
 --   i_workflows, i_versions, i_steps, i_inputs, i_delays_ms  a line each child, parent after parent
--- Children have their parent's priority. A parent that is cancelled spawns nothing: who cancelled it has looked for its children already. Its next step meets the cancel.
+-- Children have their parent's priority. A parent that is cancelled spawns nothing: who cancelled it has looked for its children
+-- already. Its next step meets the cancel.
 -- Locks: the parents' stripes, then their groups, sorted. Tables: fanout (a row a parent), started (a row a child), timers, the logs.
 create or replace function durable.spawn(i_parents text, i_seqs text, i_counts text, i_cleanups text, i_workflows text, i_versions text,
     i_steps text, i_inputs text, i_delays_ms text) returns void

@@ -16,6 +16,11 @@ as $$
     on conflict (name) do update set concurrency = excluded.concurrency, rate = excluded.rate, period_ms = excluded.period_ms
 $$;
 
+-- durable.keys_of(text): keys, a line each; an empty text is one empty key, which an array made of it would not have.
+create or replace function durable.keys_of(i_text text) returns text[]
+language sql immutable
+as $$ select case when i_text = '' then array[''] else string_to_array(i_text, E'\n') end $$;
+
 -- durable.lock_uses(names, keys): their counts until the transaction ends, in one order; made where there are none.
 create or replace function durable.lock_uses(i_names text[], i_keys text[]) returns void
 language plpgsql
@@ -44,7 +49,7 @@ as $$
 declare
     v_ids uuid[] := string_to_array(i_ids, E'\n');
     v_names text[] := string_to_array(i_names, E'\n');
-    v_keys text[] := case when i_keys = '' then array[''] else string_to_array(i_keys, E'\n') end;
+    v_keys text[] := durable.keys_of(i_keys);
     v_past_ids uuid[];
     v_past_lines text[];
 begin
@@ -147,7 +152,7 @@ begin
         v_each := v_use.period / v_use.rate;
         v_paid_for := floor(extract(epoch from v_now + v_use.period - v_paid) / extract(epoch from v_each) + 0.000001);
         with first as (
-            select q.number from durable.queued q where q.name = v_use.name and q.key = v_use.key 
+            select q.number from durable.queued q where q.name = v_use.name and q.key = v_use.key
             order by q.weight desc, q.number limit least(v_free, v_paid_for)
         ), passing as (
             delete from durable.queued q using first f where q.number = f.number
@@ -198,7 +203,7 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_names text[] := string_to_array(i_names, E'\n');
-    v_keys text[] := case when i_keys = '' then array[''] else string_to_array(i_keys, E'\n') end;
+    v_keys text[] := durable.keys_of(i_keys);
 begin
     perform durable.lock_uses(v_names, v_keys);
     update durable.limit_use u set pump_at = null where (u.name, u.key) in (select * from unnest(v_names, v_keys));

@@ -97,7 +97,7 @@ begin
     end loop;
     return format('{"batch":%s,"takeovers":%s,"suspects":%s,"done":["%s",%s,%s],"last":%s,"events":[%s]%s}',
             v_win.batch, v_win.takeovers, v_win.suspects, (v_win.done).txid, (v_win.done).id, (v_win.done).line, v_is_last::text,
-            array_to_string(v_events, ','), 
+            array_to_string(v_events, ','),
             case when exists (select from durable.cancelled) or exists (select from durable.pause) or exists (select from durable.priority)
                 then durable.cancelled_in(v_bodies) || durable.paused_in(v_bodies) || durable.weights_in(v_win.shard, v_bodies, v_is_last)
                 else '' end)
