@@ -3,7 +3,29 @@
 The contract: at-least-once step execution, exactly-once transactional handoff, idempotent external effects.
 """
 
-from durable_cluster.app import App, Machine
+from durable_cluster.app import App
+from durable_cluster.awaits import (
+    Running,
+    Turn,
+    at_least,
+    compensation,
+    continue_as_new,
+    current,
+    first,
+    gather,
+    loop,
+    now,
+    patched,
+    random,
+    scope,
+    select,
+    set_attributes,
+    set_progress,
+    side_effect,
+    sleep,
+    uuid4,
+    wait_for,
+)
 from durable_cluster.client import Handle
 from durable_cluster.context import Context, short_id
 from durable_cluster.continuation import Continuation
@@ -18,9 +40,11 @@ from durable_cluster.errors import (
     EmbeddedError,
     HandlerError,
     InputError,
+    NonDeterminismError,
     NotInstalled,
     ResultTimeout,
     SchemaMismatch,
+    StepFailed,
     StepTimeout,
     TerminalError,
     UnknownWorkflow,
@@ -28,8 +52,12 @@ from durable_cluster.errors import (
     WorkflowFailed,
     WorkflowStuck,
 )
+from durable_cluster.functions import StepFunction
+from durable_cluster.handles import ChildHandle, WorkflowHandle
 from durable_cluster.joins import Child, ChildResult, Results
 from durable_cluster.limits import Limit
+from durable_cluster.linear import Workflow
+from durable_cluster.machine import Machine
 from durable_cluster.retry import Retry
 from durable_cluster.schedule_statements import Schedule
 from durable_cluster.search import Listed
@@ -42,6 +70,7 @@ __all__ = [
     "BatchLost",
     "Child",
     "ChildFailed",
+    "ChildHandle",
     "ChildResult",
     "ConfigurationError",
     "ConnectionFailed",
@@ -56,19 +85,44 @@ __all__ = [
     "Limit",
     "Listed",
     "Machine",
+    "NonDeterminismError",
     "NotInstalled",
     "ResultTimeout",
     "Results",
     "Retry",
+    "Running",
     "Schedule",
     "SchemaMismatch",
     "Settings",
     "State",
+    "StepFailed",
+    "StepFunction",
     "StepTimeout",
     "TerminalError",
+    "Turn",
     "UnknownWorkflow",
+    "Workflow",
     "WorkflowCancelled",
     "WorkflowFailed",
+    "WorkflowHandle",
     "WorkflowStuck",
+    "at_least",
+    "compensation",
+    "continue_as_new",
+    "current",
+    "first",
+    "gather",
+    "loop",
+    "now",
+    "patched",
+    "random",
+    "scope",
+    "select",
+    "set_attributes",
+    "set_progress",
     "short_id",
+    "side_effect",
+    "sleep",
+    "uuid4",
+    "wait_for",
 ]

@@ -1,272 +1,35 @@
-"""An App holds machines; a machine is a named set of steps: plain functions, and which of them begins."""
+"""An App holds the kinds of workflows of one program, machines and linear ones, and the database they live in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import msgspec
-import psycopg
 
-from durable_cluster import coordination
 from durable_cluster.client import Client, Handle
-from durable_cluster.durations import Duration, beginning, seconds
-from durable_cluster.errors import AppError, InputError, UnknownWorkflow
-from durable_cluster.joins import Child
-from durable_cluster.limits import Limit, checked_limit
-from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
-from durable_cluster.retry import Policy, Retry
+from durable_cluster.clock import Clock
+from durable_cluster.context import Context
+from durable_cluster.durations import Duration
+from durable_cluster.errors import AppError, UnknownWorkflow
+from durable_cluster.functions import StepFunction
+from durable_cluster.limits import Limit
+from durable_cluster.linear import Workflow
+from durable_cluster.machine import Machine
+from durable_cluster.notes import Attributes
+from durable_cluster.retry import Retry
 from durable_cluster.runner import run_here
 from durable_cluster.schedule_statements import Plan
 from durable_cluster.schedules import Schedules, planned
 from durable_cluster.search import Listed, Which, listed
 from durable_cluster.settings import Settings, checked_name
-from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
+from durable_cluster.types import encoded_input
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A handler and how to call it."""
-
-    name: str
-    handler: Callable[..., Any]
-    signature: Signature
-    is_transactional: bool
-    is_blocking: bool
-    retry: Policy
-    timeout_s: float
-    limit: Limit | None
-    is_limited: bool
-    decoder: msgspec.json.Decoder[Any]
-
-    @property
-    def is_beside(self) -> bool:
-        """Whether it runs beside the page and may outlast it."""
-        return self.is_blocking or self.signature.is_async
-
-    @cached_property
-    def is_inline(self) -> bool:
-        """Whether it runs in the consumer's own thread, with no transaction open."""
-        return not (self.is_beside or self.is_transactional)
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether it runs there at once."""
-        return self.is_inline and not self.is_limited
-
-
-class Machine:
-    """A kind of workflow, written as steps that say what comes next."""
-
-    def __init__(self, app: App, name: str, *, state: Any, version: int, limit: Limit | None) -> None:
-        self.app = app
-        self.name = checked_name("workflow", name)
-        self.version = version
-        self.limit = checked_limit(limit, of=f"machine '{name}'")
-        self.steps: dict[str, Step] = {}
-        self.first: Step | None = None
-        self.on_cancel: Step | None = None
-        self._state = state
-        self._names: dict[str | Callable[..., Any], str] = {}
-
-    def step(
-        self,
-        *,
-        start: bool = False,
-        on_cancel: bool = False,
-        transactional: bool = False,
-        blocking: bool = False,
-        retry: Retry | None = None,
-        timeout: Duration | None = None,
-        limit: Limit | None = None,
-        name: str | None = None,
-    ) -> Callable[[F], F]:
-        """Make a function a step of this machine; it stays the plain function that it is.
-
-        The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns
-        ``ctx.goto(step, state)``, ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here.
-        ``on_cancel``: it runs in place of the next step of a cancelled workflow, with that step's state, and may go on to others.
-        ``transactional``: it runs inside the transaction that hands the workflow on, with ``ctx.tx``. ``blocking``: a ``def`` that
-        waits (for files, sockets, a subprocess) and runs in a thread. ``retry``: what happens when it raises (5 attempts).
-        ``timeout``: how long one attempt may take (5 minutes). ``limit``: how many may run at once, or begin a
-        period. Raises AppError for a signature that cannot be called, InputError for a retry or timeout that cannot be.
-        """
-
-        def register(function: F) -> F:
-            step_name = checked_name("step", name or function.__name__)
-            signature = signature_of(function, default=self._state)
-            self._demand_possible(step_name, start=start, on_cancel=on_cancel)
-            _demand_callable(step_name, signature, transactional=transactional, blocking=blocking)
-            if retry is not None and not isinstance(retry, Retry):
-                raise AppError(f"retry of step '{step_name}': {retry!r} is no Retry(…)")
-            step = Step(
-                name=step_name,
-                handler=function,
-                signature=signature,
-                is_transactional=transactional,
-                is_blocking=blocking,
-                retry=(retry or Retry()).policy,
-                timeout_s=self._timeout_s(step_name, timeout),
-                limit=checked_limit(limit, of=f"step '{step_name}'"),
-                is_limited=limit is not None or (start and self.limit is not None),
-                decoder=_decoder(signature.state, step_name),
-            )
-            self.steps[step_name] = step
-            self._names[function] = self._names[step_name] = step_name
-            if start:
-                self.first = step
-            if on_cancel:
-                self.on_cancel = step
-            return function
-
-        return register
-
-    def _demand_possible(self, step_name: str, *, start: bool, on_cancel: bool) -> None:
-        if step_name in self.steps:
-            raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
-        if start and self.first is not None:
-            raise AppError(f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True")
-        if on_cancel and self.on_cancel is not None:
-            raise AppError(
-                f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
-            )
-
-    def step_name(self, step: str | Callable[..., Any]) -> str:
-        """The name of one of this machine's steps. Raises AppError for any other."""
-        name = self._names.get(step)
-        if name is None:
-            shown = getattr(step, "__name__", step)
-            raise AppError(
-                f"machine '{self.name}' has no step '{shown}'; its steps are {', '.join(self.steps) or 'none yet'}"
-            )
-        return name
-
-    def start(
-        self,
-        value: Any,
-        *,
-        key: str | None = None,
-        after: Duration | None = None,
-        at: datetime | None = None,
-        priority: float = 1,
-        attributes: Attributes | None = None,
-        tx: psycopg.Connection[Any] | None = None,
-    ) -> Handle:
-        """Start a workflow with ``value``; the same ``key`` gives the same workflow.
-
-        Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
-        database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
-        done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it joins that
-        connection's transaction: both commit or neither. Raises InputError before anything is written.
-        """
-        begin = beginning(after=after, at=at)
-        first = self._first()
-        payload = self._payload(first, value)
-        key = None if key is None else checked_key(key)
-        found_by = None if attributes is None else encoded_attributes(attributes)
-        client = self.app.client
-        workflow_id = client.start(
-            self.name,
-            self.version,
-            first.name,
-            payload,
-            key=key,
-            begin=begin,
-            priority=priority,
-            attributes=found_by,
-            tx=tx,
-        )
-        return Handle(client, self.name, workflow_id)
-
-    def start_many(
-        self,
-        values: Sequence[Any],
-        *,
-        keys: Sequence[str] | None = None,
-        after: Duration | None = None,
-        at: datetime | None = None,
-        priority: float = 1,
-        attributes: Attributes | Sequence[Attributes | None] | None = None,
-        tx: psycopg.Connection[Any] | None = None,
-    ) -> list[Handle]:
-        """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
-
-        ``after``, ``at``, ``priority``: as for ``start``, the same for all. ``attributes``: the same for all, or a sequence of
-        those of each.
-        """
-        begin = beginning(after=after, at=at)
-        if not values:
-            return []
-        first = self._first()
-        payloads = [self._payload(first, value) for value in values]
-        if keys is not None and len(keys) != len(values):
-            raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
-        keys = None if keys is None else [checked_key(key) for key in keys]
-        found_by = None if attributes is None else encoded_each(attributes, len(values))
-        client = self.app.client
-        ids = client.start_many(
-            self.name,
-            self.version,
-            first.name,
-            payloads,
-            keys=keys,
-            begin=begin,
-            priority=priority,
-            attributes=found_by,
-            tx=tx,
-        )
-        return [Handle(client, self.name, workflow_id) for workflow_id in ids]
-
-    def child(self, value: Any, *, after: Duration | None = None) -> Child:
-        """A workflow of this kind for a step to spawn: ``ctx.gather([ship.child(line) for line in lines], then=…, state=…)``.
-
-        Its first step runs at once, or ``after`` a while. Raises InputError.
-        """
-        first = self._first()
-        delay_s = 0.0 if after is None else seconds(after, what="after")
-        return Child(self.name, self.version, first.name, self._payload(first, value), delay_s)
-
-    def pause(self, *, actor: str | None = None) -> bool:
-        """From now on no workflow of this kind begins a step, until ``resume``; new ones may be started. Whether that is new."""
-        return coordination.pause(self.app.client.connection(), "type", self.name, actor=actor)
-
-    def resume(self) -> bool:
-        """Let them go on. Whether they were paused."""
-        return coordination.resume(self.app.client.connection(), "type", self.name) is not None
-
-    def get(self, *, key: str) -> Handle:
-        """The workflow that was started with ``key``. Raises UnknownWorkflow."""
-        try:
-            return self.app.client.by_key(self.name, checked_key(key))
-        except InputError as error:
-            raise UnknownWorkflow(f"no workflow '{self.name}' with such a key: {error}") from error
-
-    def opening(self, value: Any) -> tuple[str, str]:
-        """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
-        first = self._first()
-        return first.name, self._payload(first, value)
-
-    def _first(self) -> Step:
-        if self.first is None:
-            raise AppError(f"machine '{self.name}' has no first step; declare one with @machine.step(start=True)")
-        return self.first
-
-    def _timeout_s(self, step: str, timeout: Duration | None) -> float:
-        if timeout is None:
-            return self.app.settings.step_timeout_s
-        timeout_s = seconds(timeout, what=f"timeout of step '{step}'")
-        if not timeout_s:
-            raise InputError(f"timeout of step '{step}': {timeout!r} leaves it no time; leave it out for the default")
-        return timeout_s
-
-    def _payload(self, first: Step, value: Any) -> str:
-        what = f"the input of workflow '{self.name}'"
-        limit = self.app.settings.payload_bytes_max
-        return encoded_input(value, decoder=first.decoder, what=what, bytes_max=limit).decode()
+P = ParamSpec("P")
+R = TypeVar("R")
+In = TypeVar("In")
 
 
 class App:
@@ -281,6 +44,8 @@ class App:
         self.name = checked_name("app", name)
         self.settings = settings or Settings()
         self.machines: dict[str, Machine] = {}
+        self.steps: dict[str, StepFunction[..., Any]] = {}
+        self.clock = Clock()
         self.declared: dict[str, Plan] = {}
         self.schedules = Schedules(self)
         self.secret: bytes | None = None
@@ -291,14 +56,106 @@ class App:
 
         ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order.
         """
-        if name in self.machines:
-            raise AppError(f"app '{self.name}' has a machine '{name}' already")
         machine = Machine(self, name, state=state, version=version, limit=limit)
-        self.machines[name] = machine
+        self._add(machine)
         return machine
 
-    def workflow(self, name: str) -> Machine:
-        """The machine called ``name``. Raises UnknownWorkflow."""
+    @overload
+    def step(self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /) -> StepFunction[P, R]: ...
+    @overload
+    def step(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> StepFunction[P, R]: ...
+    @overload
+    def step(self, function: Callable[Concatenate[Context, P], R], /) -> StepFunction[P, R]: ...
+    @overload
+    def step(self, function: Callable[P, R], /) -> StepFunction[P, R]: ...
+    @overload
+    def step(
+        self,
+        *,
+        name: str | None = None,
+        transactional: bool = False,
+        blocking: bool = False,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        limit: Limit | None = None,
+    ) -> StepDecorator: ...
+    def step(
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        transactional: bool = False,
+        blocking: bool = False,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        limit: Limit | None = None,
+    ) -> Any:
+        """Make a function a step that linear workflows await: ``@app.step`` or ``@app.step(retry=Retry(attempts=8))``.
+
+        It takes what it likes, with a type each (JSON: msgspec Structs, dataclasses, pydantic models, TypedDicts, plain values),
+        and first, if it asks for one, ``ctx: Context``, which its callers leave out. ``async def`` runs beside the others, for
+        minutes if it must; a ``def`` is quick, or ``blocking=True`` (a thread), or ``transactional=True``: inside the transaction
+        that hands the workflow on, with ``ctx.tx``. ``retry``, ``timeout``, ``limit``: as for a machine's step. Raises AppError,
+        InputError.
+        """
+
+        def register(function: Callable[..., Any]) -> StepFunction[..., Any]:
+            made: StepFunction[..., Any] = StepFunction(
+                self,
+                function,
+                name=name,
+                transactional=transactional,
+                blocking=blocking,
+                retry=retry,
+                timeout=timeout,
+                limit=limit,
+            )
+            if made.name in self.steps:
+                raise AppError(f"app '{self.name}' has a step '{made.name}' already; give one of them another name")
+            self.steps[made.name] = made
+            return made
+
+        return StepDecorator(register) if function is None else register(function)
+
+    @overload
+    def workflow(self, function: Callable[[In], Coroutine[Any, Any, R]], /) -> Workflow[In, R]: ...
+    @overload
+    def workflow(self, function: Callable[[], Coroutine[Any, Any, R]], /) -> Workflow[None, R]: ...
+    @overload
+    def workflow(self, function: Callable[[In], R], /) -> Workflow[In, R]: ...
+    @overload
+    def workflow(
+        self, *, name: str | None = None, version: int = 1, limit: Limit | None = None
+    ) -> WorkflowDecorator: ...
+    def workflow(
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        limit: Limit | None = None,
+    ) -> Any:
+        """Make a function a workflow: linear code whose awaits of steps, sleeps, signals and children are checkpoints.
+
+        It takes one input, or none. Between its awaits it has to come to the same again: time, chance and I/O belong into steps,
+        ``now()``, ``uuid4()``, ``random()`` and ``side_effect()``. ``limit``: how many may live at once, or begin a period. Raises
+        AppError.
+        """
+
+        def register(function: Callable[..., Any]) -> Workflow[Any, Any]:
+            made: Workflow[Any, Any] = Workflow(self, function, name=name, version=version, limit=limit)
+            self._add(made)
+            return made
+
+        return WorkflowDecorator(register) if function is None else register(function)
+
+    def _add(self, machine: Machine) -> None:
+        if machine.name in self.machines:
+            raise AppError(f"app '{self.name}' has a workflow '{machine.name}' already")
+        self.machines[machine.name] = machine
+
+    def named(self, name: str) -> Machine:
+        """The workflow called ``name``. Raises UnknownWorkflow."""
         if name not in self.machines:
             raise UnknownWorkflow(
                 f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}"
@@ -385,16 +242,39 @@ class App:
         self.client.close()
 
 
-def _demand_callable(step_name: str, signature: Signature, *, transactional: bool, blocking: bool) -> None:
-    if transactional and signature.is_async:
-        raise AppError(f"step '{step_name}' is async and transactional; a transactional step is a plain def")
-    if blocking and (transactional or signature.is_async):
-        other = "transactional" if transactional else "async"
-        raise AppError(f"step '{step_name}' is blocking and {other}; a blocking step is a plain def for a thread")
+class StepDecorator:
+    """What ``@app.step(…)`` gives."""
+
+    def __init__(self, register: Callable[[Callable[..., Any]], StepFunction[..., Any]]) -> None:
+        self._register = register
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /
+    ) -> StepFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> StepFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Context, P], R], /) -> StepFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> StepFunction[P, R]: ...
+    def __call__(self, function: Callable[..., Any], /) -> Any:
+        """Make it a step."""
+        return self._register(function)
 
 
-def _decoder(of: Any, step: str) -> msgspec.json.Decoder[Any]:
-    try:
-        return msgspec.json.Decoder(of)
-    except TypeError as error:
-        raise AppError(f"step '{step}': its state type cannot be read from JSON: {error}") from error
+class WorkflowDecorator:
+    """What ``@app.workflow(…)`` gives."""
+
+    def __init__(self, register: Callable[[Callable[..., Any]], Workflow[Any, Any]]) -> None:
+        self._register = register
+
+    @overload
+    def __call__(self, function: Callable[[In], Coroutine[Any, Any, R]], /) -> Workflow[In, R]: ...
+    @overload
+    def __call__(self, function: Callable[[], Coroutine[Any, Any, R]], /) -> Workflow[None, R]: ...
+    @overload
+    def __call__(self, function: Callable[[In], R], /) -> Workflow[In, R]: ...
+    def __call__(self, function: Callable[..., Any], /) -> Any:
+        """Make it a workflow."""
+        return self._register(function)

@@ -20,7 +20,7 @@ from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
 
 if TYPE_CHECKING:
-    from durable_cluster.app import Machine
+    from durable_cluster.machine import Machine
 
 logger = logging.getLogger("durable_cluster.aside")
 

@@ -31,7 +31,7 @@ from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
 
 if TYPE_CHECKING:
-    from durable_cluster.app import Machine
+    from durable_cluster.machine import Machine
 
 logger = logging.getLogger("durable_cluster.consumer")
 
@@ -68,6 +68,7 @@ class Consumer:
         secret = side_statements.secret(self._connection)
         for machine in machines.values():
             machine.app.secret = secret
+        self._see_clock()
         self._pages = PageRunner(self._connection, machines, settings, self._beside)
         self._aside = Aside(
             self._connection, machines, settings, beside=self._beside, pages=self._pages, on_hang=on_hang
@@ -115,6 +116,7 @@ class Consumer:
         self._open = {}
         for shard, batch in statements.holdings(self._connection, self.owner):
             self._open.setdefault(shard, []).append(batch)
+        self._see_clock()
         self._pages.use(self._connection)
         self._aside.use(self._connection)
         self._joined = []  # maintenance may have swept the name of a process that was away for long
@@ -129,6 +131,11 @@ class Consumer:
         )
         connection.add_notify_handler(self._note)
         return connection
+
+    def _see_clock(self) -> None:
+        now_s = side_statements.now(self._connection)
+        for machine in self._machines.values():
+            machine.app.clock.seen(now_s)
 
     def _name_session(self) -> None:
         self._connection.execute(

@@ -21,7 +21,7 @@ from durable_cluster.settings import checked_name
 from durable_cluster.signals import Signal, signal_of, token, token_seq_of
 
 if TYPE_CHECKING:
-    from durable_cluster.app import Machine
+    from durable_cluster.machine import Machine
 
 SHORT_ID_DIGITS = 12
 
@@ -29,6 +29,14 @@ SHORT_ID_DIGITS = 12
 def short_id(workflow_id: str) -> str:
     """The part of a workflow id that logs, traces and listings may carry: its first 12 hex digits."""
     return workflow_id[:SHORT_ID_DIGITS]
+
+
+class Asked(msgspec.Struct, frozen=True, gc=False):
+    """Which await of a linear workflow a step answers. ``run``, ``key``: see ``memo``; ``token``: the number of its next token."""
+
+    run: int
+    key: str
+    token: int
 
 
 class Context(msgspec.Struct, eq=False, gc=False):
@@ -40,9 +48,19 @@ class Context(msgspec.Struct, eq=False, gc=False):
     _said: msgspec.Raw | None = None
     _children: list[ChildResult] | None = None
     notes: Notes | None = None
+    _call: Asked | None = None
 
     def __repr__(self) -> str:
         return f"<Context of step {self.seq} ('{self.step}') of {self.short_id}…>"
+
+    @property
+    def envelope(self) -> Envelope:
+        """The step event."""
+        return self._envelope
+
+    def answers(self, call: Asked) -> None:
+        """The step is that of a linear workflow, which waits for it there."""
+        self._call = call
 
     @property
     def workflow_id(self) -> str:
@@ -72,7 +90,10 @@ class Context(msgspec.Struct, eq=False, gc=False):
     @property
     def idempotency_key(self) -> str:
         """32 hex digits, equal whenever this step of this workflow runs again: pass it to whatever must act once."""
-        of = f"{self._envelope.workflow_id}:{self._envelope.seq - self._envelope.attempt + 1}"
+        if self._call is not None:
+            of = f"{self._envelope.workflow_id}:{self._call.run}:{self._call.key}"
+        else:
+            of = f"{self._envelope.workflow_id}:{self._envelope.seq - self._envelope.attempt + 1}"
         return blake2b(of.encode(), digest_size=16).hexdigest()
 
     @property
@@ -265,12 +286,15 @@ class Context(msgspec.Struct, eq=False, gc=False):
     def token(self) -> str:
         """What a signal must bring to resume the wait that this step begins with ``require_token=True``. Equal for all attempts.
 
+        In a linear workflow: the next wait with ``require_token=True``, however many steps there are before it.
+
         A secret that works once: whoever has it can answer for the workflow, and needs its id besides.
         """
         secret = self._machine.app.secret
         if secret is None:
             raise AppError(f"step '{self.step}' has no token here: tokens are made where a cluster runs the step")
-        return token(self._envelope.workflow_id, token_seq_of(self._envelope), secret)
+        number = token_seq_of(self._envelope) if self._call is None else self._call.token
+        return token(self._envelope.workflow_id, number, secret)
 
     def done(self, output: Any = None) -> Continuation:
         """Complete the workflow; ``output`` (JSON) is what ``result()`` returns."""

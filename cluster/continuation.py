@@ -28,21 +28,36 @@ class Sleep(msgspec.Struct, frozen=True, gc=False):
     goto: Goto
 
 
+class Stuck(msgspec.Struct, frozen=True, gc=False):
+    """The workflow cannot go on as its code is: a dead letter that, retried, begins with ``goto``. ``error``: why."""
+
+    goto: Goto
+    error: BaseException
+
+
 class Wait(msgspec.Struct, frozen=True, gc=False):
-    """The workflow goes on with ``goto`` when a signal of one of ``names`` comes, with ``late`` after ``timeout_s`` seconds."""
+    """The workflow goes on with ``goto`` when a signal of one of ``names`` comes, with ``late`` after ``timeout_s`` seconds.
+
+    ``token_seq``: the number of the token it must bring, in place of the step's own.
+    """
 
     names: tuple[str, ...]
     goto: Goto
     late: Goto
     timeout_s: float | None
     requires_token: bool
+    token_seq: int | None = None
 
 
 class Spawn(msgspec.Struct, frozen=True, gc=False):
-    """The workflow starts ``children`` and goes on with ``goto`` at once."""
+    """The workflow starts ``children`` and goes on with ``goto`` at once.
+
+    ``keeps_group``: they are of one group with all that it spawned, also before it waited for them.
+    """
 
     children: tuple[Child, ...]
     goto: Goto
+    keeps_group: bool = False
 
 
 class Join(msgspec.Struct, frozen=True, gc=False):
@@ -58,6 +73,7 @@ class Join(msgspec.Struct, frozen=True, gc=False):
     needed: int | None = None
     tolerance: int | None = None
     cancels_rest: bool = False
+    keeps_group: bool = False
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
@@ -72,4 +88,4 @@ class Fail(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-Continuation = Goto | Sleep | Wait | Spawn | Join | Done | Fail
+Continuation = Goto | Sleep | Wait | Spawn | Join | Done | Fail | Stuck

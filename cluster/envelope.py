@@ -137,7 +137,17 @@ class Page(msgspec.Struct, frozen=True):
 _header = msgspec.json.Decoder(Header)
 _envelope = msgspec.json.Decoder(Envelope)
 _syntax = msgspec.json.Decoder(msgspec.Raw)
-_encoder = msgspec.json.Encoder()
+
+
+def _plain(value: Any) -> Any:
+    """What msgspec does not know by itself: models that dump themselves, as pydantic's do."""
+    dump = getattr(value, "model_dump", None)
+    if dump is None:
+        raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
+    return dump(mode="json")
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_plain)
 
 
 def encode(value: object) -> bytes:

@@ -12,6 +12,8 @@ DurableError
 │   └── EmbeddedError         the local Postgres
 ├── BatchLost                 the page belongs to somebody else now: roll back, forget
 ├── HandlerError              a step returned something that is no continuation
+├── NonDeterminismError       a linear workflow's code no longer asks for what is recorded of it
+├── StepFailed                what a linear workflow sees of a step that failed for good, where its own exception cannot be made
 ├── StepTimeout               a step did not end within its timeout
 ├── TerminalError             what a step raises to end its workflow: no retry, no dead letter
 ├── WorkflowFailed            what ``result()`` raises for a failed workflow
@@ -74,6 +76,19 @@ class BatchLost(DurableError):
 
 class HandlerError(DurableError):
     """A step returned something that is not a continuation."""
+
+
+class NonDeterminismError(DurableError):
+    """A linear workflow's code asks for something else than what is recorded. It is stuck until the code fits, and then retried."""
+
+
+class StepFailed(DurableError):
+    """A step failed for good with an exception of the class ``kind`` (its full name), which this process cannot make again."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+        self.message = message
 
 
 class StepTimeout(DurableError, TimeoutError):

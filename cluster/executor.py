@@ -13,13 +13,14 @@ import msgspec
 import psycopg
 
 from durable_cluster.context import Context, short_id
-from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Sleep, Spawn, Wait
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Sleep, Spawn, Stuck, Wait
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import (
     ConfigurationError,
     DurableError,
     HandlerError,
     InputError,
+    NonDeterminismError,
     StepTimeout,
     TerminalError,
 )
@@ -30,7 +31,7 @@ from durable_cluster.signals import CANCEL, SIGNAL, Cancel, Delivery, Waiting, m
 from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
-    from durable_cluster.app import Machine, Step
+    from durable_cluster.machine import Machine, Step
 
 logger = logging.getLogger("durable_cluster.executor")
 
@@ -41,7 +42,7 @@ UNROUTED_DOUBLINGS = 6
 
 FAILURES = (Exception, asyncio.CancelledError, SystemExit)
 """What a handler may raise to fail its own step. A cancellation is none of ours, or of a step whose result nobody waits for."""
-NOT_RETRIED = (HandlerError, ConfigurationError, InputError)
+NOT_RETRIED = (HandlerError, ConfigurationError, InputError, NonDeterminismError)
 """Mistakes in the code: another attempt would fail the same way; a dead letter waits for a better version."""
 
 
@@ -108,7 +109,8 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
     """
     if envelope.cancelled or envelope.workflow not in machines:
         return None
-    cleanup = machines[envelope.workflow].on_cancel
+    machine = machines[envelope.workflow]
+    cleanup = machine.on_cancel
     if cleanup is None:
         return Outcome(envelope.workflow_id, "cancelled", encode(_said_of(envelope, reason, None)).decode())
     return Envelope(
@@ -117,7 +119,7 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
         envelope.workflow,
         cleanup.name,
         envelope.version,
-        envelope.state,
+        machine.cleanup_state(envelope),
         cancelled=reason,
     )
 
@@ -194,17 +196,16 @@ def conclude(task: Task, returned: Continuation) -> Result:
     if type(returned) is Goto:
         return _successor(task, returned)
     if type(returned) is Done:
-        output = _encoded(task, returned.output)
-        if envelope.cancelled:
-            said = _said_of(envelope, envelope.cancelled, None) | {"output": msgspec.Raw(output)}
-            return Outcome(envelope.workflow_id, "cancelled", encode(said).decode())
-        return Outcome(envelope.workflow_id, "completed", output.decode())
+        return _completed(envelope, _encoded(task, returned.output))
     if type(returned) is Sleep:
         return Later(_successor(task, returned.goto), returned.seconds)
     if isinstance(returned, WAITS):
         return _waiting(task, returned)
     if type(returned) is Fail:
         return failure(envelope, str(returned.reason))
+    if type(returned) is Stuck:
+        stuck, error = _successor(task, returned.goto), returned.error
+        return dead_letter(stuck, "given_up", _reason(error), trace=_trace(error))
     raise HandlerError(
         f"step '{envelope.step}' returned {type(returned).__name__};"
         " return ctx.goto(step, state), ctx.sleep(duration, step, state), ctx.wait_for(signal, then=step, state=…),"
@@ -212,14 +213,21 @@ def conclude(task: Task, returned: Continuation) -> Result:
     )
 
 
+def _completed(envelope: Envelope, output: bytes) -> Outcome:
+    if not envelope.cancelled:
+        return Outcome(envelope.workflow_id, "completed", output.decode())
+    said = _said_of(envelope, envelope.cancelled, None) | {"output": msgspec.Raw(output)}
+    return Outcome(envelope.workflow_id, "cancelled", encode(said).decode())
+
+
 def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | Joining:
     envelope = task.envelope
     if isinstance(returned, Wait):
-        token_seq = token_seq_of(envelope) if returned.requires_token else None
+        token_seq = returned.token_seq or token_seq_of(envelope) if returned.requires_token else None
         goto, late = _successor(task, returned.goto), _successor(task, returned.late)
         return Waiting(goto, late, returned.names, returned.timeout_s, token_seq)
     if isinstance(returned, Spawn):
-        return Spawning(_successor(task, returned.goto), envelope.seq, returned.children)
+        return Spawning(_successor(task, returned.goto), envelope.seq, returned.children, returned.keeps_group)
     return Joining(
         _successor(task, returned.goto, has_children=True),
         _successor(task, returned.late, has_children=True),
@@ -229,6 +237,7 @@ def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | 
         returned.needed,
         returned.tolerance,
         returned.cancels_rest,
+        returned.keeps_group,
     )
 
 
@@ -236,14 +245,18 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
     """What becomes of a step that raised ``error``: another attempt later, a dead letter, or the workflow's end."""
     envelope = task.envelope
     reason = _reason(error)
-    if isinstance(error, TerminalError):
-        return failure(envelope, reason, trace=_trace(error))
     policy = envelope.retry or task.step.retry
     spent = envelope.attempt - envelope.granted
-    if isinstance(error, NOT_RETRIED) or not policy.is_retried(error):
+    if isinstance(error, NOT_RETRIED):
         return dead_letter(envelope, "given_up", reason, trace=_trace(error))
-    if spent >= policy.attempts:
-        return dead_letter(envelope, "attempts", reason, trace=_trace(error))
+    is_given_up = isinstance(error, TerminalError) or not policy.is_retried(error)
+    if is_given_up or spent >= policy.attempts:
+        instead = task.machine.after_failure(task, error)
+        if instead is not None:
+            return conclude(task, instead)
+        if isinstance(error, TerminalError):
+            return failure(envelope, reason, trace=_trace(error))
+        return dead_letter(envelope, "given_up" if is_given_up else "attempts", reason, trace=_trace(error))
     pause_s = policy.pause_s(spent, chance=random.random())
     again = msgspec.structs.replace(
         without_permit(envelope), seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said

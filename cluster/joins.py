@@ -29,11 +29,15 @@ class Child(msgspec.Struct, frozen=True, gc=False):
 
 
 class Spawning(msgspec.Struct, frozen=True):
-    """A parent that goes on with ``envelope`` at once. ``seq``: the step that spawned ``children``."""
+    """A parent that goes on with ``envelope`` at once. ``seq``: the step that spawned ``children``.
+
+    ``keeps_group``: they are of one group with all that it spawned, also before it waited for them.
+    """
 
     envelope: Envelope
     seq: int
     children: Sequence[Child]
+    keeps_group: bool = False
 
 
 class Joining(msgspec.Struct, frozen=True):
@@ -50,6 +54,7 @@ class Joining(msgspec.Struct, frozen=True):
     needed: int | None
     tolerance: int | None
     cancels_rest: bool
+    keeps_group: bool = False
 
 
 class ChildResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ from durable_cluster.side_results import Detached, Slot
 from durable_cluster.statements import Outcome
 
 if TYPE_CHECKING:
-    from durable_cluster.app import Machine
+    from durable_cluster.machine import Machine
 
 logger = logging.getLogger("durable_cluster.page")
 

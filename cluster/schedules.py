@@ -19,7 +19,8 @@ from durable_cluster.schedule_statements import Plan, Schedule
 from durable_cluster.settings import checked_name
 
 if TYPE_CHECKING:
-    from durable_cluster.app import App, Machine
+    from durable_cluster.app import App
+    from durable_cluster.machine import Machine
 
 OVERLAPS = ("skip", "queue", "allow")
 CATCH_UP_MAX = 1_000
@@ -153,7 +154,7 @@ class Schedules:
         cron, zone = known.cron if cron is None else cron, known.zone if zone is None else zone
         payload = None
         if value is not KEPT:
-            payload = _opening(self._app.workflow(known.workflow), value, known.due_as)[1]
+            payload = _opening(self._app.named(known.workflow), value, known.due_as)[1]
         sql.change(
             where,
             name,
@@ -243,7 +244,7 @@ def _dues(known: Schedule, begin: datetime, end: datetime, now: datetime) -> lis
 
 def _machine(app: App, workflow: Machine | str) -> Machine:
     if isinstance(workflow, str):
-        return app.workflow(workflow)
+        return app.named(workflow)
     if getattr(workflow, "app", None) is not app:
         raise AppError(f"{workflow!r} is no machine of app '{app.name}'; pass one, or its name")
     return workflow

@@ -63,6 +63,14 @@ def secret(connection: Connection) -> bytes:
     return bytes(row[0])
 
 
+def now(connection: Connection) -> float:
+    """``durable.now()``, as seconds since 1970."""
+    with translated():
+        row = plain_cursor(connection).execute("select extract(epoch from durable.now())::float8").fetchone()
+    assert row is not None
+    return float(row[0])
+
+
 def lock_stripes(tx: Connection, workflow_ids: Sequence[str]) -> None:
     """Exclude everybody else's waits and signals of these workflows until ``tx`` ends."""
     with translated():

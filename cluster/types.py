@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -47,6 +47,26 @@ def signature_of(function: Callable[..., Any], *, default: Any) -> Signature:
     )
 
 
+def input_of(function: Callable[..., Any]) -> tuple[bool, Any, Any]:
+    """Whether a workflow's function takes an input, of what type, and what it returns. Raises AppError."""
+    name = getattr(function, "__qualname__", repr(function))
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise AppError(
+            f"workflow '{name}': {error}; define the types of its input and output at module level"
+        ) from error
+    parameters = list(inspect.signature(function).parameters.values())
+    if len(parameters) > 1 or any(
+        one.kind not in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters
+    ):
+        raise AppError(
+            f"workflow '{name}' takes {len(parameters)} inputs; give it one (a Struct, a dataclass, a dict), or none"
+        )
+    input_type = hints.get(parameters[0].name, Any) if parameters else Any
+    return bool(parameters), input_type, hints.get("return", Any)
+
+
 def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, bytes_max: int) -> bytes:
     """``value`` as JSON that fits ``decoder``'s type. Raises InputError naming ``what``, the path and the mismatch."""
     try:
@@ -60,7 +80,7 @@ def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, 
     try:
         decoded = decoder.decode(encoded)
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} does not fit {_type_name(decoder.type)}: {_sentence(error, encoded)}") from error
+        raise InputError(f"{what} does not fit {_type_name(decoder.type)}: {sentence(error, encoded)}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not valid UTF-8: {error}") from error
     if type(value) is not decoder.type:
@@ -70,16 +90,39 @@ def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, 
     return encoded
 
 
+def decoder_of(type_: Any, what: str) -> msgspec.json.Decoder[Any]:
+    """Reads JSON as ``type_``: what msgspec knows, and pydantic models. Raises AppError naming ``what``."""
+    try:
+        return msgspec.json.Decoder(type_, dec_hook=_validated)
+    except TypeError as error:
+        raise AppError(f"{what} cannot be read from JSON: {error}") from error
+
+
+def _validated(type_: Any, value: Any) -> Any:
+    """A model that validates itself, as pydantic's do; of another class, a value that is of it already."""
+    validate = getattr(type_, "model_validate", None)
+    if validate is not None:
+        return validate(value)
+    if isinstance(value, type_):
+        return value
+    raise TypeError(f"{_type_name(type_)} cannot be read from JSON")
+
+
 def _type_name(of: Any) -> str:
     return getattr(of, "__name__", str(of))
 
 
-def _sentence(error: msgspec.ValidationError, encoded: bytes) -> str:
-    """msgspec says: Expected `int`, got `str` - at `$.lines[2].quantity`. The value that stands there is added."""
+def sentence(error: msgspec.ValidationError, encoded: bytes, *, names: Sequence[str] = ()) -> str:
+    """msgspec says: Expected `int`, got `str` - at `$.lines[2].quantity`. The value that stands there is added.
+
+    ``names``: of the elements, where ``encoded`` is an array of arguments.
+    """
     text, _, path = str(error).replace("`", "").partition(" - at ")
     value = _value_at(msgspec.json.decode(encoded), path)
     shown = "" if isinstance(value, dict | list) else f" ({msgspec.json.encode(value).decode()[:VALUE_CHARS_MAX]})"
     path = re.sub(r"^\$\.?", "", path)
+    if names and (place := re.match(r"\[(\d+)\]", path)):
+        path = names[int(place[1])] + path[place.end() :]
     return f"{path}: {text[:1].lower()}{text[1:]}{shown}" if path else f"{text}{shown}"
 
 

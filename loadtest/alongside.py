@@ -11,13 +11,13 @@ from statistics import median
 import msgspec
 
 from durable_cluster import Settings
-from durable_cluster.app import Machine
 from durable_cluster.database import connect
 from durable_cluster.loadtest import measure, stage, survival_flows
 from durable_cluster.loadtest.figures import Figure, say
 from durable_cluster.loadtest.measure import Connection
 from durable_cluster.loadtest.stage import RunningCluster
 from durable_cluster.loadtest.workloads import STEPS, short_flows
+from durable_cluster.machine import Machine
 
 APP = survival_flows.__name__ + ":app"
 SETTINGS = Settings(drain_grace_s=1.0)  # what is cut off at the end of a measurement is nobody's loss

@@ -169,7 +169,7 @@ def _payload(app: App | None, letter: WholeLetter, value: Any) -> str:
     """An edited state as JSON that fits its step, where the app was named."""
     if app is None:
         return encode(value).decode()
-    app.workflow(letter.workflow).step_name(letter.step)
+    app.named(letter.workflow).step_name(letter.step)
     return app.encoded_state(letter.workflow, letter.step, value)
 
 

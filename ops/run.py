@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from durable_cluster import schema
-from durable_cluster.app import Machine
 from durable_cluster.client import Handle
 from durable_cluster.context import short_id
 from durable_cluster.errors import DurableError, ResultTimeout, WorkflowCancelled, WorkflowFailed, WorkflowStuck
+from durable_cluster.machine import Machine
 from durable_cluster.notes import Scalar
 from durable_cluster.ops.start import EXAMPLES, loaded
 from durable_cluster.ops.target import Target
@@ -52,7 +52,7 @@ def run(
         raise BadUsage(f"--key names one workflow, --count {count} are more; leave one of the two out")
     value = parsed(text)
     app = loaded(EXAMPLES if app_address is None else app_address)
-    machine = app.workflow(checked_name("workflow", workflow))
+    machine = app.named(checked_name("workflow", workflow))
     with target.opened(app=app):
         try:
             schema.demand_installed(app.client.connection())

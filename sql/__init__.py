@@ -6,7 +6,7 @@ from importlib.resources import files
 
 MIGRATIONS = (
     *("001_engine", "002_durable", "003_survival", "004_waits"),
-    *("005_coordination", "006_schedules", "007_search"),
+    *("005_coordination", "006_schedules", "007_search", "008_linear"),
 )
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (

@@ -82,7 +82,7 @@ def one(conn: Connection, query: str, *parameters: object) -> Any:
 
 
 def test_attributes_of_a_start_are_there_with_it_and_null_leaves_none(app: App, conn: Connection) -> None:
-    machine = app.workflow("plain")
+    machine = app.named("plain")
     handle = machine.start([], attributes={"customer": "ada", "total": 12.5, "paid": True, "none": None})
     assert handle.attributes() == {"customer": "ada", "total": 12.5, "paid": True}
     assert machine.start([]).attributes() == {}
@@ -91,7 +91,7 @@ def test_attributes_of_a_start_are_there_with_it_and_null_leaves_none(app: App, 
 
 
 def test_many_starts_have_attributes_of_their_own_or_the_same(app: App, conn: Connection) -> None:
-    machine = app.workflow("plain")
+    machine = app.named("plain")
     own = machine.start_many([[], [], []], attributes=[{"n": 0}, None, {"n": 2}])
     assert [handle.attributes() for handle in own] == [{"n": 0}, {}, {"n": 2}]
     same = machine.start_many([[], []], attributes={"n": "same"})
@@ -103,7 +103,7 @@ def test_many_starts_have_attributes_of_their_own_or_the_same(app: App, conn: Co
 
 
 def test_a_start_with_a_known_key_changes_nothing(app: App) -> None:
-    machine = app.workflow("plain")
+    machine = app.named("plain")
     first = machine.start([], key="k", attributes={"n": 1})
     again = machine.start([], key="k", attributes={"n": 2, "m": 2})
     (many,) = machine.start_many([[]], keys=["k"], attributes={"n": 3})
@@ -115,21 +115,21 @@ def test_a_start_with_a_known_key_changes_nothing(app: App) -> None:
 def test_steps_change_attributes_with_their_handoff(app: App, conn: Connection, workflow: str) -> None:
     conn.execute("create table noted (n int)")
     changes = [{"a": 1, "b": "x"}, {"b": None, "c": False}, {"a": 2}]
-    handle = app.workflow(workflow).start(changes, attributes={"z": 0})
+    handle = app.named(workflow).start(changes, attributes={"z": 0})
     app.run(until_idle=True)
     assert handle.status() == "completed"
     assert handle.attributes() == {"z": 0, "a": 2, "c": False}
 
 
 def test_an_attempt_that_fails_changes_nothing(app: App) -> None:
-    handle = app.workflow("plain").start([{"a": 1}, "raise"])
+    handle = app.named("plain").start([{"a": 1}, "raise"])
     app.run(until_idle=True)
     assert handle.status() == "stuck"
     assert handle.attributes() == {"a": 1}
 
 
 def test_a_page_that_rolls_back_writes_nothing(app: App, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = app.workflow("waiting").start({"a": 1})
+    handle = app.named("waiting").start({"a": 1})
     seen: list[Any] = []
 
     def refused(tx: Connection, waiting: Any) -> None:
@@ -153,8 +153,8 @@ def test_a_step_that_would_set_too_many_is_a_dead_letter_and_its_neighbours_go_o
 ) -> None:
     conn.execute("create table noted (n int)")
     full = {f"n{n}": n for n in range(30)}
-    handles = [app.workflow(workflow).start([{"a": 1, "b": 2, "c": n}], attributes=full) for n in range(3)]
-    fitting = [app.workflow(workflow).start([{"a": n, "b": 2, "n0": None}], attributes=full) for n in range(3)]
+    handles = [app.named(workflow).start([{"a": 1, "b": 2, "c": n}], attributes=full) for n in range(3)]
+    fitting = [app.named(workflow).start([{"a": n, "b": 2, "n0": None}], attributes=full) for n in range(3)]
     app.run(until_idle=True)
     assert {handle.status() for handle in handles} == {"stuck"}
     assert [handle.attributes() for handle in handles] == [full] * 3
@@ -166,7 +166,7 @@ def test_a_step_that_would_set_too_many_is_a_dead_letter_and_its_neighbours_go_o
 
 
 def test_a_client_changes_attributes_of_who_waits_and_of_who_has_ended(app: App) -> None:
-    waiting, ended = app.workflow("waiting").start({"a": 1, "b": 1}), app.workflow("plain").start([])
+    waiting, ended = app.named("waiting").start({"a": 1, "b": 1}), app.named("plain").start([])
     app.run(until_idle=True)
     waiting.set_attributes({"b": None, "c": "x"}, actor="ada")
     waiting.set_attributes({"c": "y", "d": 2.5})
@@ -180,7 +180,7 @@ def test_a_client_changes_attributes_of_who_waits_and_of_who_has_ended(app: App)
 def test_a_client_s_change_is_sent_with_its_transaction_and_holds_up_no_page(
     app: App, dsn: str, conn: Connection
 ) -> None:
-    handle = app.workflow("waiting").start({"a": 1}, attributes={"z": 1})
+    handle = app.named("waiting").start({"a": 1}, attributes={"z": 1})
     conn.execute("set lock_timeout = '2s'")
     with psycopg.connect(dsn) as tx:
         handle.set_attributes({"a": 2}, tx=tx)
@@ -197,7 +197,7 @@ def test_a_client_s_change_is_sent_with_its_transaction_and_holds_up_no_page(
 def test_a_client_s_change_that_is_too_much_by_the_time_it_arrives_is_dropped(
     app: App, caplog: pytest.LogCaptureFixture
 ) -> None:
-    handle = app.workflow("plain").start([], attributes={f"n{n}": n for n in range(31)})
+    handle = app.named("plain").start([], attributes={f"n{n}": n for n in range(31)})
     for name in ("a", "b"):
         handle.set_attributes({name: 1})
         if name == "a":
@@ -233,7 +233,7 @@ def test_what_is_no_attribute_is_refused_before_anything_is_written(
     app: App, conn: Connection, attributes: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        app.workflow("plain").start([], attributes=attributes)
+        app.named("plain").start([], attributes=attributes)
     assert one(conn, "select count(*) from durable.started") == 0
 
 
@@ -271,7 +271,7 @@ def test_an_unknown_workflow_takes_none_and_a_line_by_hand_leaves_none(app: App,
         for workflow_id in ("0" * 32, "x" * 32):
             line = f'{{"w":"{workflow_id}","n":1,"f":"@attributes","s":"set","v":0,"d":{state}}}'
             conn.execute("select durable.append(0, %s, 1)", (line,))
-    handle = app.workflow("plain").start([{"a": 1}])
+    handle = app.named("plain").start([{"a": 1}])
     app.run(until_idle=True)
     assert handle.attributes() == {"a": 1}
     assert one(conn, "select count(*) from durable.attribute") == 1
@@ -281,7 +281,7 @@ def test_an_unknown_workflow_takes_none_and_a_line_by_hand_leaves_none(app: App,
 def test_two_pages_that_change_one_workflow_lose_neither_change(
     app: App, dsn: str, conn: Connection, eventually: Callable[..., None], has_row: bool
 ) -> None:
-    handle = app.workflow("plain").start([], attributes={"a": 0, "z": 0} if has_row else None)
+    handle = app.named("plain").start([], attributes={"a": 0, "z": 0} if has_row else None)
     with psycopg.connect(dsn) as first, psycopg.connect(dsn) as second, ThreadPoolExecutor(1) as pool:
         side_statements.merge_attributes(first, {handle.id: '{"a":1,"b":1}'})
         acting = pool.submit(side_statements.merge_attributes, second, {handle.id: '{"b":null,"c":2}'})
@@ -293,7 +293,7 @@ def test_two_pages_that_change_one_workflow_lose_neither_change(
 
 
 def test_changes_of_one_page_count_in_their_order(app: App, conn: Connection) -> None:
-    handle = app.workflow("plain").start([])
+    handle = app.named("plain").start([])
     changes = [b'{"a":1,"b":1}', b'{"a":null}', b'{"b":2}']
     slots: list[Any] = [
         Setting(
@@ -324,7 +324,7 @@ def test_a_page_without_attributes_does_not_ask_for_them(app: App, monkeypatch: 
 def test_retention_forgets_attributes_and_progress_of_workflows_that_are_gone(
     app: App, conn: Connection, clock: Callable[[float], None]
 ) -> None:
-    gone, alive = app.workflow("plain").start([{"a": 1}]), app.workflow("waiting").start({"a": 2})
+    gone, alive = app.named("plain").start([{"a": 1}]), app.named("waiting").start({"a": 2})
     app.run(until_idle=True)
     side_statements.publish(conn, {gone.id: "1", alive.id: "2"})
     clock(40 * 86_400)

@@ -75,7 +75,7 @@ def recorded(conn: Connection, of: Handle | None = None) -> list[tuple[str, str 
 
 
 def test_what_happens_to_a_workflow_is_recorded_with_who_did_it(app: App, conn: Connection) -> None:
-    handle = app.workflow("flow").start("wait", attributes={"a": "private"})
+    handle = app.named("flow").start("wait", attributes={"a": "private"})
     app.run(until_idle=True)
     handle.set_attributes({"b": "private", "c": None}, actor="bob")
     handle.signal("go", {"n": "private"}, actor="ada")
@@ -90,7 +90,7 @@ def test_what_happens_to_a_workflow_is_recorded_with_who_did_it(app: App, conn: 
 
 
 def test_a_signal_that_came_first_resumes_too(app: App, conn: Connection) -> None:
-    handle = app.workflow("flow").start("wait")
+    handle = app.named("flow").start("wait")
     handle.signal("go")
     app.run(until_idle=True)
     assert [what for what, _, _ in recorded(conn, handle)] == ["start", "signal", "resume"]
@@ -99,7 +99,7 @@ def test_a_signal_that_came_first_resumes_too(app: App, conn: Connection) -> Non
 def test_timeouts_cancels_children_and_dead_letters_are_recorded(
     app: App, conn: Connection, clock: Callable[[float], None]
 ) -> None:
-    machine = app.workflow("flow")
+    machine = app.named("flow")
     late, cancelled, retried, purged = (machine.start(how) for how in ("wait", "wait", "die", "die"))
     parent = machine.start("spawn")
     app.run(until_idle=True)
@@ -120,8 +120,8 @@ def test_timeouts_cancels_children_and_dead_letters_are_recorded(
 
 
 def test_many_starts_and_many_dead_letters_are_each_recorded(app: App, conn: Connection) -> None:
-    handles = app.workflow("flow").start_many(["die"] * 3, keys=["a", "b", "c"])
-    app.workflow("flow").start_many(["die"] * 3, keys=["a", "b", "c"])
+    handles = app.named("flow").start_many(["die"] * 3, keys=["a", "b", "c"])
+    app.named("flow").start_many(["die"] * 3, keys=["a", "b", "c"])
     app.run(until_idle=True)
     assert one(conn, "select durable.retry_dead_letters()") == 3
     app.run(until_idle=True)
@@ -132,8 +132,8 @@ def test_many_starts_and_many_dead_letters_are_each_recorded(app: App, conn: Con
 
 def refusals(app: App, conn: Connection) -> dict[str, tuple[Handle, str | None]]:
     """Signals that are refused: whose, and with which token."""
-    machine = app.workflow("token")
-    handle, other, ended = machine.start("a"), machine.start("b"), app.workflow("flow").start("spawn")
+    machine = app.named("token")
+    handle, other, ended = machine.start("a"), machine.start("b"), app.named("flow").start("spawn")
     app.run(until_idle=True)
     token = one(conn, "select durable.token_of(%s, 1, (select secret from durable.secret))", handle.id)
     handle.signal("go", token=token)
@@ -176,7 +176,7 @@ def test_a_refusal_within_a_transaction_stands_or_falls_with_it(app: App, dsn: s
 
 
 def test_a_row_is_matched_by_who_has_the_id_and_does_not_tell_it(app: App, conn: Connection, dsn: str) -> None:
-    handle, other = app.workflow("flow").start("wait"), app.workflow("flow").start("wait")
+    handle, other = app.named("flow").start("wait"), app.named("flow").start("wait")
     rows = conn.execute("select * from durable.audit_page(null, null, 0, 0, 100)").fetchall()
     assert handle.id not in repr(rows) and handle.id[:13] not in repr(rows)
     assert len(recorded(conn, handle)) == len(recorded(conn, other)) == 1
@@ -193,7 +193,7 @@ def test_the_role_is_the_session_s_and_nobody_writes_or_changes_rows(app: App, c
     conn.execute("grant durable_client, durable_worker to an_auditee")
     with psycopg.connect(make_conninfo(dsn, user="an_auditee"), autocommit=True) as client:
         client.execute("set durable.actor = 'eve'")
-        handle = app.workflow("flow").start("wait", tx=client)
+        handle = app.named("flow").start("wait", tx=client)
         for denied in (
             "select durable.set_audit(false)",
             "select durable.record('start', array[gen_random_uuid()])",
@@ -226,7 +226,7 @@ def test_it_is_off_at_first_and_both_ends_are_recorded(dsn: str, conn: Connectio
 
 def test_a_start_that_is_rolled_back_was_none(app: App, dsn: str, conn: Connection) -> None:
     with psycopg.connect(dsn) as tx:
-        handle = app.workflow("flow").start("wait", tx=tx)
+        handle = app.named("flow").start("wait", tx=tx)
         tx.rollback()
     assert recorded(conn, handle) == []
 
@@ -245,7 +245,7 @@ def test_days_are_made_ahead_and_dropped_once_they_are_too_old(
 ) -> None:
     settings = Settings(audit_days=10)
     assert days(conn) == list(range(15))
-    first = app.workflow("flow").start("wait")
+    first = app.named("flow").start("wait")
     conn.execute(
         "insert into durable.audit (day, at, what, role, details) values (durable.today() - 5, now(), 'x', 'x', '{}')"
     )
@@ -280,7 +280,7 @@ def test_how_long_it_is_kept_is_whole_days(value: Any) -> None:
 
 
 def test_what_it_is_told_is_one_short_line(app: App, conn: Connection) -> None:
-    handle = app.workflow("flow").start("wait")
+    handle = app.named("flow").start("wait")
     for actor in ("", "a\nb", "x" * 256):
         with pytest.raises(InputError, match="the actor has 1 to 255 characters"):
             handle.set_attributes({"a": 1}, actor=actor)

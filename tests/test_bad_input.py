@@ -418,7 +418,7 @@ def test_workflows_and_steps_that_no_code_knows_wait_for_code_that_does_and_then
         with pytest.raises(WorkflowStuck, match="stranger"):
             machine.app.get(workflow_id).result(timeout=5)
     with pytest.raises(UnknownWorkflow, match=r"stranger.*echo"):
-        machine.app.workflow("stranger")
+        machine.app.named("stranger")
 
 
 # Garbage in the log.
@@ -486,7 +486,7 @@ def test_a_dsn_that_refuses_is_an_error_that_names_the_server_and_not_its_passwo
     app = App("refused", dsn="host=/nowhere port=1 user=me password=opensesame dbname=db")
     app.machine("m").step(start=True, name="s")(lambda state: None)
     with pytest.raises(ConnectionFailed, match="/nowhere:1/db") as caught:
-        app.workflow("m").start(1)
+        app.named("m").start(1)
     assert "opensesame" not in str(caught.value)
 
 
@@ -497,7 +497,7 @@ def test_a_dsn_that_cannot_be_read_is_an_error_that_says_how_to_write_one(dsn: s
     app = App("unreadable", dsn=dsn)
     app.machine("m").step(start=True, name="s")(lambda state: None)
     with pytest.raises((ConfigurationError, ConnectionFailed), match=r"postgresql://|connect") as caught:
-        app.workflow("m").start(1)
+        app.named("m").start(1)
     assert "opensesame" not in str(caught.value)
 
 

@@ -95,8 +95,8 @@ def test_a_slow_step_leaves_its_page_and_its_neighbours_do_not_wait(
 ) -> None:
     app = gated(dsn)
     consumer = consume(app)
-    slow = app.workflow(machine).start("a")
-    fast = app.workflow("fast").start_many(list(range(200)))
+    slow = app.named(machine).start("a")
+    fast = app.named("fast").start_many(list(range(200)))
     until(consumer, lambda: all(handle.status() == "completed" for handle in fast))
     assert slow.status() == "running"
     assert [place.place for place in statements.locate(conn, slow.id)] == ["detached"]
@@ -112,7 +112,7 @@ def test_a_fast_async_step_stays_in_its_page(
     app = gated(dsn)
     consumer = consume(app)
     GATE.set()
-    handle = app.workflow("slow").start("a")
+    handle = app.named("slow").start("a")
     consumer.work(lambda: False, lambda: None)
     assert handle.result(timeout=1) == "a"
     assert conn.execute("select count(*) from durable.lease").fetchone() == (0,)
@@ -123,7 +123,7 @@ def test_the_steps_of_a_dead_process_are_run_by_another_with_the_progress_of_the
 ) -> None:
     app = gated(dsn)
     first, second = consume(app), consume(app)
-    handle = app.workflow("slow").start("a")
+    handle = app.named("slow").start("a")
     until(first, lambda: detached(conn) == 1)
     until(first, lambda: conn.execute("select progress from durable.detached").fetchone() != (None,))
     statements.abandon(conn, first.owner)
@@ -140,7 +140,7 @@ def test_an_answer_that_comes_after_the_step_was_given_to_another_is_dropped(
 ) -> None:
     app = gated(dsn)
     first = consume(app)
-    handle = app.workflow("slow").start("a")
+    handle = app.named("slow").start("a")
     until(first, lambda: detached(conn) == 1)
     statements.abandon(conn, first.owner)
     GATE.set()
@@ -155,7 +155,7 @@ def test_completion_and_redelivery_in_two_sessions_hand_on_once(
 ) -> None:
     app = gated(dsn)
     first = consume(app)
-    app.workflow("slow").start("a")
+    app.named("slow").start("a")
     until(first, lambda: detached(conn) == 1)
     key = conn.execute("select durable.hex(id) || ':' || seq from durable.detached").fetchone()[0]
     with psycopg.connect(dsn) as completing:
@@ -175,8 +175,8 @@ def test_steps_beyond_the_limit_wait_for_room_and_hold_nobody_up(
 ) -> None:
     app = gated(dsn, detached_max=3)
     consumer = consume(app)
-    slow = app.workflow("slow").start_many([f"s{n}" for n in range(10)])
-    fast = app.workflow("fast").start_many(list(range(50)))
+    slow = app.named("slow").start_many([f"s{n}" for n in range(10)])
+    fast = app.named("fast").start_many(list(range(50)))
     until(consumer, lambda: all(handle.status() == "completed" for handle in fast))
     assert len(RUNS) <= 3
     assert detached(conn) == 10
@@ -190,7 +190,7 @@ def test_the_steps_of_a_host_that_falls_silent_are_taken_after_the_dead_interval
 ) -> None:
     app = gated(dsn)
     first = consume(app)
-    app.workflow("slow").start("a")
+    app.named("slow").start("a")
     until(first, lambda: detached(conn) == 1)
     second = consume(app)
     for _ in range(3):
@@ -205,7 +205,7 @@ def test_a_consumer_that_closes_waits_for_its_steps_and_hands_the_rest_back(
 ) -> None:
     app = gated(dsn)
     consumer = consume(app)
-    handle = app.workflow("slow").start("a")
+    handle = app.named("slow").start("a")
     until(consumer, lambda: detached(conn) == 1)
     consumer.close(grace_s=0.05)
     assert conn.execute("select owner, crashes from durable.detached").fetchall() == [(0, 0)]
@@ -221,7 +221,7 @@ def test_a_consumer_that_reconnects_keeps_its_steps_running(
 ) -> None:
     app = gated(dsn)
     consumer = consume(app)
-    handle = app.workflow("slow").start("a")
+    handle = app.named("slow").start("a")
     until(consumer, lambda: detached(conn) == 1)
     pid = consumer.connection.info.backend_pid
     conn.execute("select pg_terminate_backend(%s, 10000)", (pid,))
@@ -238,7 +238,7 @@ def test_a_row_whose_commit_was_never_heard_of_is_run_by_whoever_comes(
 ) -> None:
     app = gated(dsn)
     consumer = consume(app)
-    handle = app.workflow("slow").start("a")
+    handle = app.named("slow").start("a")
     until(consumer, lambda: detached(conn) == 1)
     line = f'{{"w":"{"0" * 32}","n":1,"f":"slow","s":"waits","v":1,"d":"b"}}'
     conn.execute("select durable.detach(0, %s, %s, %s, '0')", (str(consumer.owner), f"{'0' * 32}:1", line))
@@ -305,7 +305,7 @@ def test_detached_steps_are_inserted_and_deleted_once_and_never_updated(
 ) -> None:
     app = gated(dsn, heartbeat_s=0.01)
     consumer = consume(app)
-    handles = app.workflow("blocked").start_many([f"b{n}" for n in range(10)])
+    handles = app.named("blocked").start_many([f"b{n}" for n in range(10)])
     until(consumer, lambda: detached(conn) == 10)
     GATE.set()
     until(consumer, lambda: all(handle.status() == "completed" for handle in handles))

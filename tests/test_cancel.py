@@ -117,7 +117,7 @@ def demand_cancelled(handle: Handle, reason: str = "no more") -> None:
 def test_a_cancel_reaches_a_workflow_wherever_it_stands_and_its_cleanup_runs_once(
     app: App, conn: Connection, where: str
 ) -> None:
-    handle = app.workflow("flow").start(where)
+    handle = app.named("flow").start(where)
     if where != "queued":
         app.run(until_idle=True)
         assert handle.status() == ("stuck" if where == "die" else "running")
@@ -131,7 +131,7 @@ def test_a_cancel_reaches_a_workflow_wherever_it_stands_and_its_cleanup_runs_onc
 
 def test_a_workflow_without_a_cleanup_just_ends(dsn: str, conn: Connection) -> None:
     app = application(dsn, has_cleanup=False)
-    handle = app.workflow("flow").start("wait")
+    handle = app.named("flow").start("wait")
     app.run(until_idle=True)
     assert handle.cancel()
     app.run(until_idle=True)
@@ -143,7 +143,7 @@ def test_a_workflow_without_a_cleanup_just_ends(dsn: str, conn: Connection) -> N
 def test_a_step_that_runs_beside_the_pages_is_interrupted(
     app: App, conn: Connection, eventually: Callable[..., None]
 ) -> None:
-    handle = app.workflow("flow").start("run")
+    handle = app.named("flow").start("run")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(app.run, until_idle=True)
         assert RUNNING.wait(10)
@@ -157,7 +157,7 @@ def test_a_step_that_runs_beside_the_pages_is_interrupted(
 
 
 def test_who_has_ended_cannot_be_cancelled_and_who_is_unknown_is_told(app: App, conn: Connection) -> None:
-    handle = app.workflow("flow").start("pass")
+    handle = app.named("flow").start("pass")
     app.run(until_idle=True)
     assert not handle.cancel()
     assert handle.result(timeout=5) == "pass"
@@ -170,7 +170,7 @@ def test_who_has_ended_cannot_be_cancelled_and_who_is_unknown_is_told(app: App, 
 
 
 def test_a_cancel_is_sent_with_the_transaction_or_not_at_all(app: App, dsn: str) -> None:
-    handle = app.workflow("flow").start("wait")
+    handle = app.named("flow").start("wait")
     app.run(until_idle=True)
     with psycopg.connect(dsn) as tx:
         assert handle.cancel("no more", tx=tx)
@@ -186,7 +186,7 @@ def test_a_cancel_is_sent_with_the_transaction_or_not_at_all(app: App, dsn: str)
 def test_only_one_step_cleans_up(app: App) -> None:
     with pytest.raises(AppError, match="cleans up at 'clean' already"):
 
-        @app.workflow("flow").step(on_cancel=True)
+        @app.named("flow").step(on_cancel=True)
         def again(ctx: Context, where: str) -> Continuation:
             return ctx.done()
 
@@ -196,7 +196,7 @@ def test_only_one_step_cleans_up(app: App) -> None:
 def test_a_cancel_and_the_beginning_of_a_wait_do_not_miss_each_other(
     app: App, dsn: str, conn: Connection, eventually: Callable[..., None], is_cancel_first: bool, what: str
 ) -> None:
-    handle = app.workflow("flow").start("wait")
+    handle = app.named("flow").start("wait")
     app.run(until_idle=True)
     conn.execute("delete from durable.wait")
     then = Envelope(handle.id, 2, "flow", "end", 1, msgspec.Raw(b'"wait"'))

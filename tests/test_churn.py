@@ -47,7 +47,7 @@ def flushed(conn: psycopg.Connection) -> None:
 def test_pages_of_a_thousand_steps_change_one_row_in_a_hundred_steps_at_most(
     app: App, conn: psycopg.Connection
 ) -> None:
-    app.workflow("chain").start_many([1] * WORKFLOWS)
+    app.named("chain").start_many([1] * WORKFLOWS)
     flushed(conn)
     before = sum(row_changes(conn).values())
     steps = app.run(until_idle=True)
@@ -60,7 +60,7 @@ def test_pages_of_a_thousand_steps_change_one_row_in_a_hundred_steps_at_most(
 def test_lifecycle_rows_keys_and_the_log_are_never_updated_and_never_deleted(
     app: App, conn: psycopg.Connection
 ) -> None:
-    machine = app.workflow("chain")
+    machine = app.named("chain")
     machine.start_many([1] * 100, keys=[f"key {n}" for n in range(100)])
     machine.start(1, key="key 1")
     app.run(until_idle=True)
@@ -89,7 +89,7 @@ def test_a_lone_step_changes_a_handful_of_rows_of_a_fixed_set_of_tables(app: App
     app.run(until_idle=True)
     flushed(conn)
     before = row_changes(conn)
-    app.workflow("chain").start(1)
+    app.named("chain").start(1)
     steps = app.run(until_idle=True)
     flushed(conn)
     after = row_changes(conn)

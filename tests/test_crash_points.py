@@ -157,7 +157,7 @@ def test_a_process_that_dies_there_loses_nothing_and_doubles_nothing(
     conn.execute("create table ledger (n int, p int)")
     app: App = load_app(flows)
     app.client.use(dsn)
-    machine = app.workflow("chain")
+    machine = app.named("chain")
     handles = machine.start_many([{"n": n} for n in range(WORKFLOWS)])
     doomed = machine.start({"n": -1})
     monkeypatch.setenv("DURABLE_TEST_KILL_AT", f"{point}={mark}")

@@ -529,7 +529,7 @@ def test_a_step_that_gives_up_is_a_dead_letter_and_goes_on_once_it_is_mended(
     def answer(ctx: Context, _: Any) -> Continuation:
         return answers[-1] if isinstance(answers[-1], str) else ctx.done(answers[-1])  # type: ignore[return-value]
 
-    handle = machine.app.workflow("mended").start(None)
+    handle = machine.app.named("mended").start(None)
     machine.app.run(until_idle=True, timeout=20)
     with pytest.raises(WorkflowStuck, match="in step 'answer' after 1 attempt: step 'answer' returned str"):
         handle.result(timeout=5)
@@ -547,7 +547,7 @@ def test_a_terminal_error_ends_its_workflow_and_leaves_no_dead_letter(
     def end(ctx: Context, _: Any) -> Continuation:
         raise TerminalError("the card is stolen")
 
-    handle = machine.app.workflow("ended").start(None)
+    handle = machine.app.named("ended").start(None)
     machine.app.run(until_idle=True, timeout=20)
     with pytest.raises(WorkflowFailed) as caught:
         handle.result(timeout=5)

@@ -164,7 +164,7 @@ def test_a_start_wakes_a_consumer_that_has_long_been_idle_at_once(
             threading.Event().wait(0.05)
         threading.Event().wait(1.2)
         begin = time.monotonic()
-        assert app.workflow("quiet").start(n).result(timeout=10) == n
+        assert app.named("quiet").start(n).result(timeout=10) == n
         took_s.append(time.monotonic() - begin)
     app.close()
     assert statistics.median(took_s) < 0.1, took_s
@@ -174,11 +174,11 @@ def test_a_start_notifies_nobody_while_consumers_are_awake(dsn: str, conn: psyco
     app = quiet_app(dsn)
     for shard in (0, 1):
         conn.execute(f"listen durable_{shard}")
-    app.workflow("quiet").start_many(list(range(50)))
+    app.named("quiet").start_many(list(range(50)))
     app.run(until_idle=True)
     assert list(conn.notifies(timeout=0.2)) == []
     conn.execute("insert into durable.idle values (0), (1)")
-    app.workflow("quiet").start_many(list(range(50)))
+    app.named("quiet").start_many(list(range(50)))
     assert {note.channel for note in conn.notifies(timeout=5, stop_after=2)} == {"durable_0", "durable_1"}
     app.close()
 
@@ -198,11 +198,11 @@ def test_a_probe_takes_no_lock_that_a_claim_would_wait_for_and_no_transaction_id
 
 def test_an_event_that_was_read_leaves_nothing_to_probe_for(dsn: str, conn: psycopg.Connection) -> None:
     app = quiet_app(dsn)
-    app.workflow("quiet").start_many(list(range(50)))
+    app.named("quiet").start_many(list(range(50)))
     assert conn.execute("select durable.probe(0) and durable.probe(1)").fetchone() == (True,)
     app.run(until_idle=True)
     assert conn.execute("select durable.probe(0) or durable.probe(1)").fetchone() == (False,)
     with psycopg.connect(dsn) as tx:
-        app.workflow("quiet").start_many(list(range(50)), tx=tx)
+        app.named("quiet").start_many(list(range(50)), tx=tx)
         assert conn.execute("select durable.probe(0) or durable.probe(1)").fetchone() == (False,)
     assert conn.execute("select durable.probe(0) and durable.probe(1)").fetchone() == (True,)

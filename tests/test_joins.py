@@ -98,7 +98,7 @@ def app(dsn: str) -> Iterator[App]:
 
 
 def started(app: App, **options: Any) -> Handle:
-    handle = app.workflow("parent").start(options)
+    handle = app.named("parent").start(options)
     app.run(until_idle=True)
     return handle
 
@@ -268,7 +268,7 @@ def test_too_many_children_are_refused_with_what_to_do(app: App, conn: Connectio
 
 
 def test_bad_arguments_are_named(app: App) -> None:
-    machine = app.workflow("parent")
+    machine = app.named("parent")
     context = Context(machine, Envelope("0" * 32, 1, "parent", "fan", 1, msgspec.Raw(b"{}")))
     with pytest.raises(InputError, match=r"dict is no child; make one with machine\.child"):
         context.gather([{}], then="collect", state={})  # type: ignore[list-item]
@@ -392,7 +392,7 @@ def resumptions(conn: Connection, handle: Handle) -> int:
 def test_the_last_child_ends_while_its_parent_begins_to_wait(
     app: App, conn: Connection, dsn: str, eventually: Callable[..., None], is_end_first: bool
 ) -> None:
-    handle = app.workflow("parent").start({})
+    handle = app.named("parent").start({})
     with conn.transaction():
         spawn(handle)(conn)
     (child,) = ids_of(conn, handle)
@@ -408,7 +408,7 @@ def test_the_last_child_ends_while_its_parent_begins_to_wait(
 def test_what_a_parent_spawns_while_it_is_cancelled_is_cancelled_or_never_was(
     app: App, conn: Connection, dsn: str, eventually: Callable[..., None], is_cancel_first: bool
 ) -> None:
-    handle = app.workflow("parent").start({})
+    handle = app.named("parent").start({})
     acts = [cancel(handle), spawn(handle)]
     at_once(conn, dsn, eventually, *(acts if is_cancel_first else reversed(acts)))
     app.run(until_idle=True)
@@ -434,7 +434,7 @@ def test_the_last_child_ends_while_its_parent_is_cancelled(
 
 def test_a_page_that_spawns_and_is_read_again_has_spawned_once(app: App, conn: Connection, dsn: str) -> None:
     """Children are rows of the page's transaction: what was not committed was not spawned."""
-    handle = app.workflow("parent").start({"children": ["wait"]})
+    handle = app.named("parent").start({"children": ["wait"]})
     with psycopg.connect(dsn) as session:
         spawning = Spawning(envelope_of(handle.id, 2, "parent", "fan"), 1, (Child("child", 1, "act", '{"does":1}', 0),))
         coordination.spawn(session, [spawning])

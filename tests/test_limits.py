@@ -126,7 +126,7 @@ def queued(conn: Connection) -> int:
 
 
 def test_no_more_steps_of_a_key_run_at_once_than_the_limit_says(app: App, conn: Connection) -> None:
-    handles = [app.workflow("flow").start(f"{key}{n}") for key in "ab" for n in range(12)]
+    handles = [app.named("flow").start(f"{key}{n}") for key in "ab" for n in range(12)]
     app.run(until_idle=True)
     assert {handle.status() for handle in handles} == {"completed"}
     assert BUSY.most == {"a": 3, "b": 3}
@@ -136,7 +136,7 @@ def test_no_more_steps_of_a_key_run_at_once_than_the_limit_says(app: App, conn: 
 
 
 def test_a_limit_holds_across_consumers(app: App, dsn: str, conn: Connection) -> None:
-    handles = [app.workflow("flow").start(f"a{n}") for n in range(30)]
+    handles = [app.named("flow").start(f"a{n}") for n in range(30)]
     stop = threading.Event()
 
     def consume(shard: int) -> None:
@@ -164,7 +164,7 @@ def test_a_limit_holds_across_consumers(app: App, dsn: str, conn: Connection) ->
 def test_a_step_that_fails_gives_its_permit_back_and_needs_one_for_the_next_attempt(
     app: App, conn: Connection, clock: Callable[[float], None]
 ) -> None:
-    handles = [app.workflow("flow").start(f"a{n}fails") for n in range(5)]
+    handles = [app.named("flow").start(f"a{n}fails") for n in range(5)]
     app.run(until_idle=True)
     assert used(conn) == {("slow", "a"): 0}
     clock(7200)
@@ -179,7 +179,7 @@ def test_a_step_that_fails_gives_its_permit_back_and_needs_one_for_the_next_atte
 def test_a_rate_lets_so_many_begin_and_then_one_by_one(
     app: App, conn: Connection, clock: Callable[[float], None]
 ) -> None:
-    handles = [app.workflow("flow").start(f"{n}rated") for n in range(25)]
+    handles = [app.named("flow").start(f"{n}rated") for n in range(25)]
 
     def ended() -> int:
         return sum(handle.status() == "completed" for handle in handles)
@@ -195,7 +195,7 @@ def test_a_rate_lets_so_many_begin_and_then_one_by_one(
 
 
 def test_a_limit_of_a_machine_counts_its_live_workflows(app: App, conn: Connection) -> None:
-    machine = app.workflow("alive")
+    machine = app.named("alive")
     handles = [machine.start(f"a{n}{'fails' if n == 0 else ''}") for n in range(4)]
     app.run(until_idle=True)
     assert (len(RAN), queued(conn), used(conn)) == (2, 2, {("alive", "a"): 2})
@@ -221,7 +221,7 @@ def _place(conn: Connection, handle: Handle) -> str:
 
 
 def test_a_cancel_reaches_who_waits_for_a_permit(app: App, conn: Connection) -> None:
-    handles = [app.workflow("alive").start("a") for _ in range(5)]
+    handles = [app.named("alive").start("a") for _ in range(5)]
     app.run(until_idle=True)
     waiting = [handle for handle in handles if _place(conn, handle) == "limited"]
     assert len(waiting) == 3
@@ -234,7 +234,7 @@ def test_a_cancel_reaches_who_waits_for_a_permit(app: App, conn: Connection) -> 
 
 def test_numbers_that_are_set_win_over_the_code_at_once_until_they_are_reset(app: App, conn: Connection) -> None:
     coordination.set_limit(conn, "alive", concurrency=1, rate=None, period_s=None)
-    handles = [app.workflow("alive").start("a") for _ in range(6)]
+    handles = [app.named("alive").start("a") for _ in range(6)]
     app.run(until_idle=True)
     assert used(conn) == {("alive", "a"): 1}
     coordination.set_limit(conn, "alive", concurrency=4, rate=None, period_s=None)
@@ -255,7 +255,7 @@ def test_numbers_that_are_set_win_over_the_code_at_once_until_they_are_reset(app
 
 def test_a_permit_survives_its_process(app: App, conn: Connection, dsn: str) -> None:
     """A process takes permits, and is gone before their steps ran: another runs them, and gives back what they hold."""
-    handles = [app.workflow("flow").start(f"a{n}") for n in range(6)]
+    handles = [app.named("flow").start(f"a{n}") for n in range(6)]
     for shard in (0, 1):
         gone = Consumer(dsn, shard, app.machines, app.settings)
         gone.work(lambda: True, lambda: None)
@@ -274,7 +274,7 @@ def test_two_pages_that_take_the_last_permit_at_once_share_it_fairly(
     limit = Limit("only", concurrency=1)
     lines = []
     for _ in range(3):
-        handle = app.workflow("flow").start("a")
+        handle = app.named("flow").start("a")
         lines.append(
             Queued(Envelope(handle.id, 2, "flow", "end", 1, msgspec.Raw(b'"a"'), permit=OF_STEP), limit, "", 2)
         )
@@ -341,7 +341,7 @@ def test_a_key_has_255_characters_at_the_most_and_a_limit_is_one(dsn: str) -> No
 
 def test_a_cancel_of_a_step_that_runs_gives_its_permit_back(app: App, conn: Connection, dsn: str) -> None:
     conn.execute("update durable.slot set shard = 0")
-    handle = app.workflow("flow").start("a")
+    handle = app.named("flow").start("a")
     consumer = Consumer(dsn, 0, app.machines, msgspec.structs.replace(app.settings, page_window_ms=1))
     try:
         while not conn.execute("select from durable.detached").fetchall():

@@ -67,7 +67,7 @@ def test_a_server_that_is_killed_and_comes_back_finds_its_cluster_again(
             connection.execute("create table ledger (n int, p int)")
             app = load_app("surviving_flows:app")
             app.client.use(server.dsn)
-            handles = app.workflow("chain").start_many([{"n": n, "p": 0} for n in range(40)])
+            handles = app.named("chain").start_many([{"n": n, "p": 0} for n in range(40)])
             run_cluster(
                 server.dsn, app="surviving_flows:app", settings=Settings(dead_interval_s=30.0, page_window_ms=20)
             )

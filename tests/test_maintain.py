@@ -68,7 +68,7 @@ def maintained(connection: Connection, *arguments: int) -> dict[str, Any]:
 
 
 def asleep(app: App, number: int) -> list[Handle]:
-    handles = [app.workflow("nap").start("1h"), *(app.workflow("ask").start("1h") for _ in range(number - 1))]
+    handles = [app.named("nap").start("1h"), *(app.named("ask").start("1h") for _ in range(number - 1))]
     app.run(until_idle=True)
     return handles
 
@@ -87,7 +87,7 @@ def test_timers_and_timeouts_fire_and_the_answer_says_that_work_waits(
 
 
 def test_the_work_of_a_paused_shard_waits_for_no_cluster(app: App, conn: Connection) -> None:
-    app.workflow("nap").start_many(["1h"] * 20)
+    app.named("nap").start_many(["1h"] * 20)
     assert maintained(conn) == {"has_work": True}
     conn.execute("select durable.pause('shard', s.shard::text) from durable.shard s")
     assert maintained(conn) == {}
@@ -157,7 +157,7 @@ def test_a_call_in_a_transaction_that_has_written_leaves_half_a_rotation_as_it_i
 def test_partitions_are_made_and_history_goes_only_if_it_is_said_how_old(
     app: App, conn: Connection, clock: Callable[[float], None]
 ) -> None:
-    ended = app.workflow("nap").start("0s")
+    ended = app.named("nap").start("0s")
     app.run(until_idle=True)
     assert ended.status() == "completed"
     clock(40 * 86_400)
@@ -199,7 +199,7 @@ def test_queued_runs_start_and_due_schedules_are_left_to_a_cluster(
     assert known.queued is not None
     assert maintained(conn) == {}
     first = known.queued - timedelta(hours=1)
-    app.workflow("ask").get(key=f"hourly@{first.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}").signal("answer")
+    app.named("ask").get(key=f"hourly@{first.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}").signal("answer")
     conn.execute(
         "insert into durable.finished select s.id, s.day, 'completed', '1', durable.now() from durable.started s"
     )
@@ -220,7 +220,7 @@ def test_doctor_finds_timers_and_schedules_that_nobody_fires(
     assert checks.timers(conn).verdict == "ok"
     assert checks.schedules(conn).verdict == "ok"
     for _ in range(120):
-        app.workflow("nap").start("1h")
+        app.named("nap").start("1h")
     app.run(until_idle=True)
     app.schedules.create("daily", "@daily", "ask", "1d")
     clock(3 * 86_400)

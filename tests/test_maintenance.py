@@ -39,7 +39,7 @@ def test_rotation_between_pages_loses_nothing_and_keeps_the_log_small(
 
     def has_rotated_often() -> bool:
         nonlocal largest
-        handles.extend(app.workflow("hop").start_many(list(range(20))))
+        handles.extend(app.named("hop").start_many(list(range(20))))
         app.run(timeout=0.02)
         maintenance.run_once(conn)
         largest = max(largest, log_bytes(conn))
@@ -56,7 +56,7 @@ def test_an_idle_log_is_emptied_and_then_left_alone(
     dsn: str, conn: psycopg.Connection, eventually: Callable[..., None]
 ) -> None:
     app = hopping(dsn)
-    app.workflow("hop").start(5)
+    app.named("hop").start(5)
     app.run(until_idle=True)
     conn.execute("update pgque.queue set queue_rotation_period = '0'")
 

@@ -50,7 +50,7 @@ def app(dsn: str) -> Iterator[App]:
 
 
 def started(app: App, what: str = "x", *, name: str = "flow") -> Handle:
-    return app.workflow(name).start(what)
+    return app.named(name).start(what)
 
 
 def count(conn: Connection, table: str) -> int:
@@ -74,7 +74,7 @@ def test_a_paused_workflow_stands_still_until_it_is_resumed(app: App, conn: Conn
 
 
 def test_a_paused_type_takes_starts_and_runs_them_after_the_pause(app: App, conn: Connection) -> None:
-    flow, other = app.workflow("flow"), app.workflow("other")
+    flow, other = app.named("flow"), app.named("other")
     assert flow.pause(actor="ada")
     held = [flow.start(str(n)) for n in range(20)]
     others = [other.start(str(n)) for n in range(20)]
@@ -92,9 +92,9 @@ def test_a_paused_type_takes_starts_and_runs_them_after_the_pause(app: App, conn
 def test_of_two_pauses_the_one_that_is_left_still_holds(app: App) -> None:
     held = started(app)
     held.pause()
-    app.workflow("flow").pause()
+    app.named("flow").pause()
     app.run(until_idle=True)
-    app.workflow("flow").resume()
+    app.named("flow").resume()
     app.run(until_idle=True)
     assert held.status() == "running"
     held.resume()
@@ -227,7 +227,7 @@ def test_the_audit_tells_who_paused_and_resumed_what(app: App, conn: Connection)
     handle.pause(actor="eve")
     handle.resume(actor="bob")
     coordination.pause(conn, "shard", "1", actor="ada")
-    app.workflow("flow").pause(actor="ada")
+    app.named("flow").pause(actor="ada")
     handle.set_priority(4)
     coordination.set_limit(conn, "stripe", concurrency=3, rate=None, period_s=None)
     rows = conn.execute(

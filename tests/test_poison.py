@@ -128,7 +128,7 @@ def test_a_step_that_ends_its_process_is_a_dead_letter_and_its_neighbours_comple
     app = app_of(flows, dsn)
     states = [{"n": n} for n in range(30)]
     states[11]["how"] = how
-    handles = app.workflow(machine).start_many(states)
+    handles = app.named(machine).start_many(states)
     poison = handles.pop(11)
     cluster = run_cluster(dsn, app=flows, settings=SETTINGS)
     eventually(lambda: poison.status() == "stuck", seconds=40, what="the dead letter")
@@ -152,7 +152,7 @@ def test_a_kill_from_outside_makes_nobody_a_suspect(
     eventually: Eventually,
 ) -> None:
     app = app_of(flows, dsn)
-    handle = app.workflow("held").start(str(tmp_path))
+    handle = app.named("held").start(str(tmp_path))
     run_cluster(dsn, app=flows, settings=SETTINGS)
     eventually((tmp_path / "pid").exists, seconds=30)
     seen: list[Any] = []
@@ -176,7 +176,7 @@ def test_a_stopped_process_is_stood_in_for_and_wakes_to_find_its_work_lost(
     eventually: Eventually,
 ) -> None:
     app = app_of(flows, dsn)
-    handle = app.workflow("held").start(str(tmp_path))
+    handle = app.named("held").start(str(tmp_path))
     run_cluster(dsn, app=flows, settings=Settings(dead_interval_s=1.0, heartbeat_s=0.2, drain_grace_s=1.0))
     eventually((tmp_path / "pid").exists, seconds=30)
     pid = int((tmp_path / "pid").read_text())

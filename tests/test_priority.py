@@ -63,7 +63,7 @@ def weights(conn: Connection) -> list[float]:
 
 
 def test_steps_get_turns_as_their_weights_say_and_all_end(app: App, dsn: str, conn: Connection) -> None:
-    machine = app.workflow("flow")
+    machine = app.named("flow")
     heavy = machine.start_many([["heavy", 40]] * 50, priority=4)
     light = machine.start_many([["light", 40]] * 50)
     run_pages(app, dsn, 30)
@@ -76,7 +76,7 @@ def test_steps_get_turns_as_their_weights_say_and_all_end(app: App, dsn: str, co
 
 
 def test_a_heavy_workflow_overtakes_a_backlog_of_many_pages(app: App, dsn: str) -> None:
-    machine = app.workflow("flow")
+    machine = app.named("flow")
     machine.start_many([["light", 0]] * 5_000)
     urgent = machine.start(["urgent", 0], priority=10)
     app.run(until_idle=True)
@@ -85,13 +85,13 @@ def test_a_heavy_workflow_overtakes_a_backlog_of_many_pages(app: App, dsn: str) 
 
 
 def test_equals_run_in_their_order_without_another_turn(app: App, dsn: str) -> None:
-    app.workflow("flow").start_many([[str(n), 0] for n in range(300)], priority=3)
+    app.named("flow").start_many([[str(n), 0] for n in range(300)], priority=3)
     app.run(until_idle=True)
     assert [str(n) for n in range(300)] == RAN
 
 
 def test_a_priority_is_changed_while_the_workflow_lives(app: App, conn: Connection) -> None:
-    handle = app.workflow("flow").start(["x", 1], priority=0.5)
+    handle = app.named("flow").start(["x", 1], priority=0.5)
     assert handle.set_priority(7)
     assert weights(conn) == [7]
     assert handle.set_priority(1)
@@ -101,18 +101,18 @@ def test_a_priority_is_changed_while_the_workflow_lives(app: App, conn: Connecti
     assert weights(conn) == []
     assert not handle.set_priority(2)
     for edge in (0.1, 10):
-        assert app.workflow("flow").start(["x", 0], priority=edge).set_priority(edge)
+        assert app.named("flow").start(["x", 0], priority=edge).set_priority(edge)
     for wrong in (0, 0.09, 10.01, -1):
         with pytest.raises(InputError, match=r"a weight from 0\.1 to 10"):
             handle.set_priority(wrong)
         with pytest.raises(InputError, match=r"a weight from 0\.1 to 10"):
-            app.workflow("flow").start(["x", 1], priority=wrong)
+            app.named("flow").start(["x", 1], priority=wrong)
     row = conn.execute("select count(*) from durable.started").fetchone()
     assert row == (3,), "what was refused was not started"
 
 
 def test_who_waits_for_a_permit_is_let_pass_by_weight_also_by_one_given_later(app: App, conn: Connection) -> None:
-    machine = app.workflow("limited")
+    machine = app.named("limited")
     first = machine.start("first")
     app.run(until_idle=True)
     handles = [machine.start("light"), machine.start("heavy", priority=5), machine.start("late")]

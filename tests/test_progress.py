@@ -45,7 +45,7 @@ def app(dsn: str) -> Iterator[App]:
 
 
 def test_the_last_word_is_read_while_the_workflow_runs(app: App, conn: Connection) -> None:
-    handle, silent = app.workflow("flow").start(3), app.workflow("slow").start(1)
+    handle, silent = app.named("flow").start(3), app.named("slow").start(1)
     assert handle.progress() is None and silent.progress() is None
     GO_ON.set()
     app.run(until_idle=True)
@@ -58,7 +58,7 @@ def test_the_last_word_is_read_while_the_workflow_runs(app: App, conn: Connectio
 
 
 def test_a_step_beside_the_pages_publishes_while_it_runs(app: App, eventually: Callable[..., None]) -> None:
-    handle = app.workflow("slow").start(1)
+    handle = app.named("slow").start(1)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(app.run, until_idle=True)
         eventually(lambda: handle.progress() == "begun")
@@ -70,7 +70,7 @@ def test_a_step_beside_the_pages_publishes_while_it_runs(app: App, eventually: C
 
 
 def test_who_lost_a_step_publishes_nothing_more_for_it(app: App, conn: Connection) -> None:
-    handle = app.workflow("flow").start(1)
+    handle = app.named("flow").start(1)
     conn.execute(
         "insert into durable.detached (id, seq, shard, owner, line, since) values (%s, 1, 0, 7, '{}', now())",
         (handle.id,),

@@ -50,7 +50,7 @@ def app(dsn: str) -> App:
 @pytest.fixture
 def ended(app: App) -> Handle:
     """A workflow that started and ended today."""
-    handle = app.workflow("one").start(1, key="ended")
+    handle = app.named("one").start(1, key="ended")
     app.run(until_idle=True)
     assert handle.status() == "completed"
     return handle
@@ -59,7 +59,7 @@ def ended(app: App) -> Handle:
 @pytest.fixture
 def alive(app: App, ended: Handle) -> Handle:
     """A workflow that started today, beside one that has ended, and waits for a consumer."""
-    return app.workflow("one").start(2, key="alive")
+    return app.named("one").start(2, key="alive")
 
 
 def one(conn: Connection, query: str, *arguments: object) -> Any:
@@ -143,7 +143,7 @@ def test_what_has_gone_is_unknown_by_id_and_by_key_and_its_key_is_free(
     with pytest.raises(UnknownWorkflow):
         ended.status()
     assert statements.find(conn, "one", "ended") is None
-    again = app.workflow("one").start(3, key="ended")
+    again = app.named("one").start(3, key="ended")
     app.run(until_idle=True)
     assert again.id != ended.id
     assert again.result(timeout=5) == 3
@@ -158,7 +158,7 @@ def test_a_live_workflow_outlives_its_day_and_is_found_by_id_and_key_and_ends_an
     assert rows_of(conn, ended) == (0, 0, 0)
     assert rows_of(conn, alive) == (1, 0, 1)
     assert app.get(alive.id).status() == "running"
-    assert app.workflow("one").start(5, key="alive").id == alive.id
+    assert app.named("one").start(5, key="alive").id == alive.id
     app.run(until_idle=True)
     assert alive.result(timeout=5) == 2
     on_day(conn, 2 * DAYS)
@@ -193,7 +193,7 @@ def test_a_day_of_the_future_and_a_day_without_partitions_are_not_expired_before
     app: App, conn: Connection
 ) -> None:
     on_day(conn, 100)
-    late = app.workflow("one").start(4, key="late")
+    late = app.named("one").start(4, key="late")
     app.run(until_idle=True)
     on_day(conn, 0)
     assert not upkeep.needs_expiry(conn, days=DAYS)
@@ -208,7 +208,7 @@ def test_a_day_of_the_future_and_a_day_without_partitions_are_not_expired_before
 def test_a_key_that_stands_for_another_workflow_by_now_stays(app: App, ended: Handle, conn: Connection) -> None:
     conn.execute("delete from durable.key where key = 'ended'")
     on_day(conn, 5)
-    newer = app.workflow("one").start(6, key="ended")
+    newer = app.named("one").start(6, key="ended")
     on_day(conn, DAYS + 1)
     expire_all(conn)
     assert rows_of(conn, ended) == (0, 0, 0)
@@ -216,7 +216,7 @@ def test_a_key_that_stands_for_another_workflow_by_now_stays(app: App, ended: Ha
 
 
 def test_a_day_of_many_keys_goes_in_several_short_rounds(app: App, alive: Handle, conn: Connection) -> None:
-    app.workflow("one").start_many(list(range(5)), keys=[f"key {n}" for n in range(5)])
+    app.named("one").start_many(list(range(5)), keys=[f"key {n}" for n in range(5)])
     app.run(until_idle=True)
     on_day(conn, DAYS + 2)
     conn.execute("select durable.expire(%s)", (DAYS,))  # yesterday's, which is empty
@@ -280,7 +280,7 @@ def test_a_start_that_has_not_committed_when_its_day_goes_is_not_lost(
         on_day(conn, DAYS)
         expire_all(conn)  # yesterday
         on_day(conn, 0)
-        handle = app.workflow("one").start(9, key="open", tx=caller)
+        handle = app.named("one").start(9, key="open", tx=caller)
         on_day(conn, DAYS + 1)
         going = pool.submit(expire_all, keeper)
         eventually(
@@ -312,7 +312,7 @@ def test_a_reader_that_holds_on_leaves_everything_as_it_was_and_the_next_round_d
         assert ended.result(timeout=1) == 1
         assert alive.status() == "running"
         started = threading.Event()
-        newcomer = threading.Thread(target=lambda: (app.workflow("one").start(8), started.set()))
+        newcomer = threading.Thread(target=lambda: (app.named("one").start(8), started.set()))
         newcomer.start()
         assert started.wait(5), "a start goes through while the reader holds on"
         newcomer.join()
@@ -399,7 +399,7 @@ def test_rows_of_day_partitions_are_never_updated_and_never_deleted(
     app: App, ended: Handle, alive: Handle, conn: Connection
 ) -> None:
     on_day(conn, DAYS + 1)
-    newer = app.workflow("one").start(3, key="newer")
+    newer = app.named("one").start(3, key="newer")
     expire_all(conn)
     app.run(until_idle=True)
     conn.execute("select pg_stat_force_next_flush()")

@@ -221,7 +221,7 @@ def test_what_no_code_knows_waits_for_code_that_does(dsn: str, conn: psycopg.Con
     def arrives(ctx: Context, n: int) -> Continuation:
         return ctx.done(n)
 
-    handle = new.workflow("coming").start(7)
+    handle = new.named("coming").start(7)
     old.run(timeout=0.3)
     assert (handle.status(), [place.place for place in statements.locate(conn, handle.id)]) == ("running", ["sleeping"])
     new.run(until_idle=True)
@@ -236,7 +236,7 @@ def test_what_no_code_knows_for_too_long_is_a_dead_letter(dsn: str, conn: psycop
     def arrives(ctx: Context, n: int) -> Continuation:
         return ctx.done(n)
 
-    handle = new.workflow("coming").start(7)
+    handle = new.named("coming").start(7)
     old.run(until_idle=True)
     assert handle.status() == "stuck"
     assert conn.execute("select reason from durable.dead_letter").fetchall() == [("unroutable",)]

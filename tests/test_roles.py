@@ -37,7 +37,7 @@ def acting_as(dsn: str, role: str) -> Iterator[psycopg.Connection]:
 
 def test_a_client_starts_and_reads_by_id_and_nothing_else(app: App, dsn: str) -> None:
     with acting_as(dsn, "durable_client") as client:
-        handle = app.workflow("echo").start("hi", tx=client)
+        handle = app.named("echo").start("hi", tx=client)
         assert client.execute("select status from durable.state_of(%s)", (handle.id,)).fetchone() == ("running",)
         for denied in (
             "select * from durable.started",
@@ -63,7 +63,7 @@ def test_a_client_starts_and_reads_by_id_and_nothing_else(app: App, dsn: str) ->
 
 
 def test_a_worker_runs_steps_without_owning_a_table(app: App, dsn: str, conn: psycopg.Connection) -> None:
-    handle = app.workflow("echo").start("hi")
+    handle = app.named("echo").start("hi")
     conn.execute("do $$ begin create role a_worker login; exception when duplicate_object then null; end $$")
     conn.execute("grant durable_worker to a_worker")
     shard = conn.execute(
@@ -81,7 +81,7 @@ def test_a_worker_runs_steps_without_owning_a_table(app: App, dsn: str, conn: ps
 
 
 def test_a_viewer_sees_truncated_ids_and_no_payload(app: App, dsn: str) -> None:
-    handle = app.workflow("echo").start("secret")
+    handle = app.named("echo").start("secret")
     with acting_as(dsn, "durable_viewer") as viewer:
         rows = viewer.execute("select * from durable.list()").fetchall()
         assert handle.id[:12] in str(rows)

@@ -156,7 +156,7 @@ def test_a_cluster_fires_within_a_second_of_the_due_time_also_what_was_made_whil
                 due,
             )
         )
-        assert app.workflow("report").get(key=f"at-{hour}@{due}").result(timeout=10) is None
+        assert app.named("report").get(key=f"at-{hour}@{due}").result(timeout=10) is None
     assert max(late_s) < 1.0, late_s
     assert min(late_s) >= 0.0, late_s
 
@@ -175,7 +175,7 @@ def test_a_due_time_starts_one_workflow_which_is_told_of_it(app: App, conn: Conn
     assert started(conn) == ["2027-06-01T01:00:00Z"]
     assert inputs(conn) == [{"at": "2027-06-01T03:00:00+02:00", "city": "Ulm"}]
     app.run(until_idle=True)
-    handle = app.workflow("report").get(key="nightly@2027-06-01T01:00:00Z")
+    handle = app.named("report").get(key="nightly@2027-06-01T01:00:00Z")
     assert handle.result(timeout=5)["city"] == "Ulm"
     known = app.schedules.get("nightly")
     assert (known.fired, known.last_id, known.running) == (1, handle.id[:12], 0)
@@ -200,7 +200,7 @@ def test_a_program_that_runs_its_app_fires_its_schedules(app: App, conn: Connect
     at("2027-06-01T03:00:01Z")
     app.run(until_idle=True)
     assert started(conn) == ["2027-06-01T03:00:00Z"]
-    assert app.workflow("report").get(key="nightly@2027-06-01T03:00:00Z").status() == "completed"
+    assert app.named("report").get(key="nightly@2027-06-01T03:00:00Z").status() == "completed"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def holding(app: App, conn: Connection, at: At, overlap: str) -> None:
 
 
 def end(app: App, due: str) -> None:
-    app.workflow("hold").get(key=f"nightly@{due}").signal("go")
+    app.named("hold").get(key=f"nightly@{due}").signal("go")
     app.run(until_idle=True)
 
 
@@ -383,7 +383,7 @@ def test_what_waits_and_cannot_be_started_holds_up_no_other(app: App, conn: Conn
 
 def test_two_hosts_start_what_waits_once(app: App, dsn: str, conn: Connection, at: At) -> None:
     holding(app, conn, at, "queue")
-    app.workflow("hold").get(key="nightly@2027-06-01T03:00:00Z").cancel()
+    app.named("hold").get(key="nightly@2027-06-01T03:00:00Z").cancel()
     conn.execute("insert into durable.finished select id, day, 'cancelled', '{}', at from durable.started")
     with psycopg.connect(dsn) as first, psycopg.connect(dsn, autocommit=True) as second:
         second.execute("set lock_timeout = '2s'")
@@ -529,7 +529,7 @@ def declared(dsn: str, conn: Connection, *, name: str = "reporting", **plans: st
     """A cluster of an app starts whose code declares these: names and crons. What it says is no longer in the code."""
     app = application(dsn, name)
     for schedule, cron in plans.items():
-        app.schedule(schedule, cron, app.workflow("report"))
+        app.schedule(schedule, cron, app.named("report"))
     try:
         return schedules.declare(app, conn)
     finally:
@@ -643,7 +643,7 @@ def test_a_schedule_begins_its_workflow_where_the_running_code_does(
     schedules.declare(newer, conn)
     at("2027-06-01T03:00:01Z")
     newer.run(until_idle=True)
-    assert newer.workflow("report").get(key="nightly@2027-06-01T03:00:00Z").result(timeout=5) == "prepared"
+    assert newer.named("report").get(key="nightly@2027-06-01T03:00:00Z").result(timeout=5) == "prepared"
     newer.close()
 
 

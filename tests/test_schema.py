@@ -68,14 +68,14 @@ def test_a_fresh_database_gets_every_migration_and_its_shards(empty: psycopg.Con
 def test_the_smallest_and_the_largest_layout_work(empty_dsn: str, empty: psycopg.Connection, shards: int) -> None:
     schema.install(empty, shards=shards)
     app = one_workflow(empty_dsn)
-    handles = app.workflow("one").start_many(list(range(200)))
+    handles = app.named("one").start_many(list(range(200)))
     app.run(until_idle=True)
     assert [handle.result(timeout=5) for handle in handles] == list(range(200))
 
 
 def test_installing_twice_changes_nothing_and_keeps_what_is_there(dsn: str, conn: psycopg.Connection) -> None:
     app = one_workflow(dsn)
-    handle = app.workflow("one").start(1, key="k")
+    handle = app.named("one").start(1, key="k")
     tables = ("durable.migration", "durable.cluster", "durable.shard", "durable.slot", "durable.started", "pgque.queue")
     before = objects(conn), rows_of(conn, *tables)
     assert schema.install(conn, shards=2) == []
@@ -139,7 +139,7 @@ def test_an_upgrade_that_fails_leaves_the_old_version_working(
     dsn: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = one_workflow(dsn)
-    handle = app.workflow("one").start(1)
+    handle = app.named("one").start(1)
     before = objects(conn)
     monkeypatch.setattr(schema, "MIGRATIONS", (*files.MIGRATIONS, "999_broken"))
     text_of(monkeypatch, "999_broken", "drop table durable.started cascade; select 1 / 0")
@@ -292,7 +292,7 @@ def test_a_workflow_of_a_day_without_a_partition_of_its_own_is_kept_and_found(
 ) -> None:
     on_day(conn, 100)
     app = one_workflow(dsn)
-    handle = app.workflow("one").start(1)
+    handle = app.named("one").start(1)
     app.run(until_idle=True)
     assert handle.result(timeout=5) == 1
     assert app.get(handle.id).status() == "completed"
@@ -306,14 +306,14 @@ def test_a_database_that_was_left_alone_for_a_month_and_then_used_can_be_maintai
     (today,) = conn.execute("select durable.today()").fetchone() or (0,)
     conn.execute(f"drop table durable.started_{today}, durable.finished_{today}")
     app = one_workflow(dsn)
-    handles = [app.workflow("one").start(n) for n in range(5)]
+    handles = [app.named("one").start(n) for n in range(5)]
     app.run(until_idle=True)
     if again == "install":
         schema.install(conn, shards=2)
     else:
         conn.execute("select durable.add_partitions()")
     assert [handle.result(timeout=5) for handle in handles] == list(range(5))
-    later = app.workflow("one").start(6)
+    later = app.named("one").start(6)
     app.run(until_idle=True)
     assert later.result(timeout=5) == 6
     assert len(conn.execute("select * from durable.list()").fetchall()) == 6

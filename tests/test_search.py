@@ -45,8 +45,8 @@ def app(dsn: str) -> Iterator[App]:
 @pytest.fixture
 def handles(app: App) -> dict[str, Handle]:
     """One workflow of each status, by how it came there."""
-    made = {how: app.workflow("flow").start(how, attributes={"how": how}) for how in ("wait", "stuck", "pass", "fail")}
-    made["cancel"] = app.workflow("flow").start("wait", key="c", attributes={"how": "cancel", "n": 1})
+    made = {how: app.named("flow").start(how, attributes={"how": how}) for how in ("wait", "stuck", "pass", "fail")}
+    made["cancel"] = app.named("flow").start("wait", key="c", attributes={"how": "cancel", "n": 1})
     app.run(until_idle=True)
     made["cancel"].cancel()
     app.run(until_idle=True)
@@ -89,7 +89,7 @@ def test_the_newest_come_first_with_what_there_is_to_know(app: App, handles: dic
 
 
 def test_children_are_found_by_the_first_digits_of_their_parent(app: App, handles: dict[str, Handle]) -> None:
-    parent = app.workflow("flow").start("spawn")
+    parent = app.named("flow").start("spawn")
     app.run(until_idle=True)
     children = short(*(Handle(app.client, "other", child.id) for child in parent.children()))
     assert len(children) == 3
@@ -103,7 +103,7 @@ def test_a_list_has_a_beginning_and_an_end_in_time(app: App, conn: Connection, c
     started = []
     for day in range(3):
         clock(day * 86_400)
-        started.append(app.workflow("flow").start("pass"))
+        started.append(app.named("flow").start("pass"))
     at = [one.started_at for one in reversed(app.list())]
     assert found(app, started_from=at[1]) == short(*started[1:])
     assert found(app, started_to=at[1]) == short(started[0])
@@ -114,7 +114,7 @@ def test_a_list_has_a_beginning_and_an_end_in_time(app: App, conn: Connection, c
 
 
 def test_pages_of_workflows_that_share_a_moment_lose_none_and_repeat_none(app: App, conn: Connection) -> None:
-    handles = app.workflow("flow").start_many(["pass"] * 20)
+    handles = app.named("flow").start_many(["pass"] * 20)
     conn.execute("update durable.started set at = to_timestamp(day * 86400.0 + 0.123456)")
     listed: list[str] = []
     after = None
@@ -141,7 +141,7 @@ def test_those_of_one_moment_and_one_short_id_come_on_one_page(app: App, conn: C
 
 def test_neither_a_cursor_nor_a_filter_compares_more_than_twelve_digits(app: App, conn: Connection) -> None:
     """Else a viewer finds a whole id, digit by digit, by whether a row is there."""
-    parent = app.workflow("flow").start("spawn")
+    parent = app.named("flow").start("spawn")
     app.run(until_idle=True)
     digits = parent.id
     wrong = digits[:12] + "".join("1" if digit == "0" else "0" for digit in digits[12:])
@@ -237,8 +237,8 @@ def test_those_that_run_are_found_however_long_ago_they_started(
     started: list[Handle] = []
     for hours in (0, 0, 1, 9, 60, 61, 300):
         clock(hours * 3_600)
-        started.append(app.workflow("flow").start("wait"))
-        app.workflow("flow").start("pass")
+        started.append(app.named("flow").start("wait"))
+        app.named("flow").start("pass")
     app.run(until_idle=True)
     newest_first = [handle.id[:12] for handle in reversed(started)]
     assert [one.id for one in app.list(status="running")] == newest_first

@@ -79,7 +79,7 @@ HOWS = [*STUCK, "fail", "terminal", "fine"]
 
 
 def start_all(app: App) -> tuple[list[Handle], list[str]]:
-    handles = app.workflow("secret").start_many(HOWS, keys=[f"order {n}" for n in range(len(HOWS))])
+    handles = app.named("secret").start_many(HOWS, keys=[f"order {n}" for n in range(len(HOWS))])
     return handles, [handle.id for handle in handles]
 
 
@@ -124,8 +124,8 @@ def every_error(app: App, handles: list[Handle]) -> list[Callable[[], Any]]:
         lambda: app.get(handles[0].id.upper()),
         lambda: Handle(app.client, "secret", unknown).result(timeout=0),
         Handle(app.client, "secret", unknown).state,
-        lambda: app.workflow("secret").get(key="nobody"),
-        lambda: app.workflow("nobody"),
+        lambda: app.named("secret").get(key="nobody"),
+        lambda: app.named("nobody"),
     ]
 
 
@@ -180,7 +180,7 @@ def test_no_listing_carries_a_whole_id(app: App, conn: psycopg.Connection, query
 
 
 def test_what_stands_for_a_workflow_in_a_debugger_shows_a_truncated_id(app: App) -> None:
-    handle = app.workflow("secret").start("fine")
+    handle = app.named("secret").start("fine")
     seen: list[str] = []
     ids = [handle.id]
     spy = app.machine("spy")
@@ -206,7 +206,7 @@ def test_a_second_end_of_a_workflow_neither_replaces_the_first_nor_shows_its_id(
 ) -> None:
     """Postgres puts the key of a violated constraint into its message; that key would be an id."""
     caplog.set_level(logging.DEBUG)
-    handle = app.workflow("secret").start("fail")
+    handle = app.named("secret").start("fail")
     conn.execute(
         "insert into durable.finished (id, day, status, output, at) values (%s, durable.day_of(%s), 'completed', '1', now())",
         (handle.id, handle.id),
@@ -224,7 +224,7 @@ def test_ids_are_random_between_the_time_at_their_begin_and_the_day_at_their_end
 ) -> None:
     time_of_day = "select floor(extract(epoch from durable.now()) * 4096 / 86400)::bigint % 4096"
     (before,) = conn.execute(time_of_day.encode()).fetchone() or ()
-    ids = [handle.id for handle in app.workflow("secret").start_many(["fine"] * 200)]
+    ids = [handle.id for handle in app.named("secret").start_many(["fine"] * 200)]
     (today,) = conn.execute("select durable.today()").fetchone() or ()
     assert {int(one[-4:], 16) for one in ids} <= {today - 1, today}
     assert len({one[:12] for one in ids}) == 200

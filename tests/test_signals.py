@@ -61,7 +61,7 @@ def app(dsn: str, tokens: list[str]) -> Iterator[App]:
 
 
 def started(app: App, **options: Any) -> Handle:
-    return app.workflow("wait").start(options)
+    return app.named("wait").start(options)
 
 
 def waiting(app: App, **options: Any) -> Handle:
@@ -289,7 +289,7 @@ def test_what_cannot_be_a_signal_is_refused(app: App, conn: Connection, query: s
 
 
 def test_what_cannot_be_waited_for_is_told(app: App) -> None:
-    context = Context(app.workflow("wait"), Envelope("0" * 32, 1, "wait", "ask", 1, msgspec.Raw(b"1")))
+    context = Context(app.named("wait"), Envelope("0" * 32, 1, "wait", "ask", 1, msgspec.Raw(b"1")))
     with pytest.raises(InputError, match="needs the name of a signal"):
         context.wait_for(then="got", state=1)
     with pytest.raises(AppError, match="signal name 'No Name'"):

@@ -42,7 +42,7 @@ def app(dsn: str, conn: psycopg.Connection) -> App:
 def test_a_workflow_goes_through_plain_awaited_and_transactional_steps_to_its_result(
     app: App, conn: psycopg.Connection
 ) -> None:
-    handle = app.workflow("count").start(Count(0))
+    handle = app.named("count").start(Count(0))
     assert handle.status() == "running"
     assert app.run(until_idle=True) == 10
     assert handle.result(timeout=5) == 9
@@ -50,7 +50,7 @@ def test_a_workflow_goes_through_plain_awaited_and_transactional_steps_to_its_re
 
 
 def test_a_thousand_workflows_started_at_once_all_complete(app: App) -> None:
-    handles = app.workflow("count").start_many([Count(n % 3) for n in range(1000)])
+    handles = app.named("count").start_many([Count(n % 3) for n in range(1000)])
     app.run(until_idle=True)
     assert {handle.result(timeout=5) for handle in handles} <= {9, 10, 11}
 

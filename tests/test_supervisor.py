@@ -164,7 +164,7 @@ def _make_effect(dsn: str) -> None:
 
 
 def _start_counts(app: App, workflows: int, steps: int) -> list[Any]:
-    return list(app.workflow("count").start_many([{"steps": steps}] * workflows))
+    return list(app.named("count").start_many([{"steps": steps}] * workflows))
 
 
 def _demand_exact(dsn: str, handles: list[Any], steps: int, *, timeout: float = 30.0) -> None:
@@ -205,7 +205,7 @@ def test_a_cluster_is_a_consumer_for_each_shard_and_maintenance(cluster: Cluster
 def test_the_work_of_a_killed_consumer_is_done_by_its_sibling_before_the_replacement_is_up(
     cluster: Cluster, app: App, tmp_path: Path, eventually: Eventually
 ) -> None:
-    handle = app.workflow("stuck").start(str(tmp_path))
+    handle = app.named("stuck").start(str(tmp_path))
     victim = _holder(tmp_path, eventually)
     siblings = set(cluster.supervisor.pids.values()) - {victim}
     killed_at = time.monotonic()
@@ -271,7 +271,7 @@ def test_a_step_that_kills_every_consumer_stops_the_cluster_after_so_many_restar
     settings = msgspec.structs.replace(SETTINGS, restarts_max=2, max_crashes=100)
     cluster = Cluster(dsn, shards=SHARDS, settings=settings).started()
     with _app(dsn) as app:
-        app.workflow("deadly").start(9)
+        app.named("deadly").start(9)
     cluster.join(60)
     assert isinstance(cluster.error, ClusterStopped)
     assert "died 3 times in 60 s (last: exit code 9)" in str(cluster.error)
@@ -284,7 +284,7 @@ def test_a_drained_cluster_hands_its_windows_back_and_the_next_one_goes_on_at_on
 ) -> None:
     _make_effect(dsn)
     with _app(dsn) as app:
-        naps = app.workflow("slow").start_many([0.2] * 20)
+        naps = app.named("slow").start_many([0.2] * 20)
         first = Cluster(dsn, settings=SETTINGS).started()
         eventually(lambda: _windows(dsn, "true") > 0, what="an open window")
         first.stop()
@@ -315,7 +315,7 @@ def test_a_second_stop_ends_children_that_would_not(
 ) -> None:
     cluster = Cluster(dsn, settings=SETTINGS).started()
     with _app(dsn) as app:
-        app.workflow("stuck").start(str(tmp_path))
+        app.named("stuck").start(str(tmp_path))
     victim = _holder(tmp_path, eventually)
     cluster.supervisor.stop()
     assert _is_running(victim)

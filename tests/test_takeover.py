@@ -66,7 +66,7 @@ def test_a_window_is_gone_on_with_from_its_cursor_and_not_from_its_start(
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    handles = app.workflow("count").start_many(list(range(300)))
+    handles = app.named("count").start_many(list(range(300)))
     first, second = consume(app), consume(app)
     one_page(first)
     done = sum(RUNS.values())
@@ -81,7 +81,7 @@ def test_a_window_is_its_owners_while_it_is_heard_of(
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn, dead_interval_s=30)
-    app.workflow("count").start_many(list(range(100)))
+    app.named("count").start_many(list(range(100)))
     first, second = consume(app), consume(app)
     one_page(first)
     conn.execute("update durable.win set active = active - interval '1 hour'")
@@ -98,7 +98,7 @@ def test_a_heartbeat_does_not_bring_an_abandoned_window_back(
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    app.workflow("count").start_many(list(range(100)))
+    app.named("count").start_many(list(range(100)))
     first, second = consume(app), consume(app)
     one_page(first)
     statements.abandon(conn, first.owner)
@@ -111,7 +111,7 @@ def test_each_takeover_is_counted_and_shown_to_the_reader(
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    app.workflow("count").start_many(list(range(300)))
+    app.named("count").start_many(list(range(300)))
     for number in range(3):
         assert {taken for (taken,) in conn.execute("select takeovers from durable.win")} <= {number - 1, number}
         consumer = consume(app)
@@ -125,7 +125,7 @@ def test_the_longest_silent_window_is_taken_first(
 ) -> None:
     app = counting(dsn)
     for _ in range(2):
-        app.workflow("count").start_many(list(range(100)))
+        app.named("count").start_many(list(range(100)))
         one_page(consume(app))
     conn.execute("update durable.win set active = durable.now() - make_interval(hours => 10 + batch::int)")
     expected = conn.execute("select max(batch) from durable.win where shard = 0").fetchone()
@@ -136,7 +136,7 @@ def test_a_consumer_that_stopped_in_the_middle_of_its_window_goes_on_with_it(
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    app.workflow("count").start_many(list(range(300)))
+    app.named("count").start_many(list(range(300)))
     consumer = consume(app)
     one_page(consumer)
     until_idle(consumer)
@@ -149,7 +149,7 @@ def test_a_consumer_that_stopped_in_the_middle_of_a_window_it_took_over_goes_on_
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    app.workflow("count").start_many(list(range(300)))
+    app.named("count").start_many(list(range(300)))
     first, second = consume(app), consume(app)
     one_page(first)
     statements.abandon(conn, first.owner)
@@ -162,7 +162,7 @@ def test_a_consumer_that_stopped_in_the_middle_of_a_window_it_took_over_goes_on_
 
 def test_the_window_of_a_consumer_that_was_closed_is_free_at_once(dsn: str, consume: Callable[[App], Consumer]) -> None:
     app = counting(dsn)
-    app.workflow("count").start_many(list(range(300)))
+    app.named("count").start_many(list(range(300)))
     first = consume(app)
     one_page(first)
     first.close()
@@ -212,10 +212,10 @@ def test_what_a_holder_of_a_window_ticked_meanwhile_is_read_by_a_sibling(
     dsn: str, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    app.workflow("count").start_many(list(range(300)))
+    app.named("count").start_many(list(range(300)))
     first, second = consume(app), consume(app)
     one_page(first)
-    later = app.workflow("count").start_many(list(range(300)))
+    later = app.named("count").start_many(list(range(300)))
     first.wait(0)
     one_page(first)  # its claim gives it its own window again
     for shard in (0, 1):
@@ -228,7 +228,7 @@ def test_members_of_the_dead_are_swept_once_they_hold_no_window(
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    app.workflow("count").start_many(list(range(100)))
+    app.named("count").start_many(list(range(100)))
     statements.join_shard(conn, 0, "dead")
     statements.join_shard(conn, 1, "gone")
     assert statements.claim(conn, 0, member="dead", owner=5, lines_max=1000, bytes_max=1 << 20)
@@ -254,7 +254,7 @@ def test_a_silent_window_is_taken_over_while_the_taker_has_one_of_its_own_open(
     dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
 ) -> None:
     app = counting(dsn)
-    machine = app.workflow("count")
+    machine = app.named("count")
     first, second = consume(app), consume(app)
     left = machine.start_many(list(range(50)))
     one_page(first)

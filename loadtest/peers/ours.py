@@ -16,12 +16,12 @@ from typing import ClassVar
 import msgspec
 
 from durable_cluster import App, Context, Continuation, schema
-from durable_cluster.app import Machine
 from durable_cluster.database import connect
 from durable_cluster.loadtest.bench import work
 from durable_cluster.loadtest.bench.work import Flow
 from durable_cluster.loadtest.peers.base import System, Workers
 from durable_cluster.loadtest.stage import RunningCluster
+from durable_cluster.machine import Machine
 
 SHARDS = 4
 STARTED_AT_ONCE = 10_000

@@ -13,13 +13,14 @@ as $$
 $$;
 
 -- durable.spawn(…): children of the steps of one page, in its transaction.
---   i_parents, i_seqs, i_counts, i_cleanups  a line each parent: id, number of its step, how many children, what marks a cleanup
+--   i_parents, i_seqs, i_counts, i_cleanups, i_keeps  a line each parent: id, number of its step, how many children, what marks a
+--                    cleanup; not empty: all that it ever spawned are one group
 --   i_workflows, i_versions, i_steps, i_inputs, i_delays_ms  a line each child, parent after parent
 -- Children have their parent's priority. A parent that is cancelled spawns nothing: who cancelled it has looked for its children
 -- already. Its next step meets the cancel.
 -- Locks: the parents' stripes, then their groups, sorted. Tables: fanout (a row a parent), started (a row a child), timers, the logs.
 create or replace function durable.spawn(i_parents text, i_seqs text, i_counts text, i_cleanups text, i_workflows text, i_versions text,
-    i_steps text, i_inputs text, i_delays_ms text) returns void
+    i_steps text, i_inputs text, i_delays_ms text, i_keeps text default '') returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -43,16 +44,17 @@ begin
         where coalesce(q.cleanup, '') = '' and exists (select from durable.cancelled c where c.id = q.id));
     with parents as (
         -- The same step twice can only have been put into the log by hand: that must not stop its page.
-        select p.id, min(p.seq) as seq, sum(p.n)::int as n from unnest(v_ids, v_seqs, v_counts) p(id, seq, n)
+        select p.id, min(p.seq) as seq, sum(p.n)::int as n, coalesce(max(p.keeps), '') <> '' as keeps
+        from rows from (unnest(v_ids), unnest(v_seqs), unnest(v_counts), string_to_table(i_keeps, E'\n')) p(id, seq, n, keeps)
         where p.id <> all (v_refused) group by p.id order by p.id
     ), groups as (
-        insert into durable.fanout as f (id, day, seq, total) select p.id, v_today, p.seq, p.n from parents p
+        insert into durable.fanout as f (id, day, seq, total, keeps) select p.id, v_today, p.seq, p.n, p.keeps from parents p
         on conflict (id) do update set
-            day = case when f.wait_seq is null then f.day else excluded.day end,
-            seq = case when f.wait_seq is null then f.seq else excluded.seq end,
-            total = case when f.wait_seq is null then f.total else 0 end + excluded.total,
-            completed = case when f.wait_seq is null then f.completed else 0 end,
-            failed = case when f.wait_seq is null then f.failed else 0 end,
+            day = case when f.wait_seq is null or f.keeps then f.day else excluded.day end,
+            seq = case when f.wait_seq is null or f.keeps then f.seq else excluded.seq end,
+            total = case when f.wait_seq is null or f.keeps then f.total else 0 end + excluded.total,
+            completed = case when f.wait_seq is null or f.keeps then f.completed else 0 end,
+            failed = case when f.wait_seq is null or f.keeps then f.failed else 0 end,
             wait_seq = null
         returning f.*
     )

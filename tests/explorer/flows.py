@@ -55,7 +55,7 @@ def _add_machine(app: App, name: str, *, is_transactional: bool) -> None:
 
     def _children(state: State) -> list[Child]:
         does = {"do": state["child"], "times": 1, "timeout": False, "got": []}
-        return [app.workflow("flow").child(does) for _ in range(state["children"])]
+        return [app.named("flow").child(does) for _ in range(state["children"])]
 
     def _join(ctx: Context, state: State, children: list[Child]) -> Continuation:
         if state["timeout"]:

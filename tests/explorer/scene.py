@@ -165,13 +165,13 @@ class Scene:
     def start(self, do: str, *, times: int = 1, timeout: bool = False, is_paid: bool = False, **more: Any) -> Flow:
         """A workflow that has just been started."""
         state = {"do": do, "times": times, "timeout": timeout, "got": [], "key": self.new_key, **more}
-        handle = self.lab.app.workflow("paid" if is_paid else "flow").start(state, tx=self.lab.control)
+        handle = self.lab.app.named("paid" if is_paid else "flow").start(state, tx=self.lab.control)
         self.flows.append(Flow(lambda: handle, is_paid=is_paid))
         return self.flows[-1]
 
     def keyed(self, key: str) -> Flow:
         """The workflow that actors will start with this key."""
-        self.flows.append(Flow(lambda: self.lab.app.workflow("flow").get(key=key)))
+        self.flows.append(Flow(lambda: self.lab.app.named("flow").get(key=key)))
         return self.flows[-1]
 
     def standing(self, do: str, **options: Any) -> Flow:
@@ -259,7 +259,7 @@ class Scene:
 
     def starter(self, key: str, *, is_mortal: bool = False) -> None:
         """An actor that starts a workflow which passes, with this key."""
-        machine = self.lab.app.workflow("flow")
+        machine = self.lab.app.named("flow")
 
         def act(connection: ActorConnection) -> None:
             with connection.transaction():

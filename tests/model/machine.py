@@ -69,7 +69,7 @@ class Model(RuleBasedStateMachine):
     def start(self, script: list[str], key: str | None) -> Any:
         state = {"script": script, "trace": []}
         own_key = key and f"{key} of {self._example}"
-        handle = self.lab.app.workflow("script").start(state, key=own_key, tx=self.lab.control)
+        handle = self.lab.app.named("script").start(state, key=own_key, tx=self.lab.control)
         if handle.id in self._known:
             assert key is not None, "two starts gave one workflow"
             return multiple()

@@ -1,0 +1,172 @@
+"""Several steps of one linear workflow at once: in one step event, beside the pages; the function goes on as each ends.
+
+What has ended is said as the event's progress: if this process dies, the next one feeds the function with that first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import msgspec
+
+from durable_cluster import memo
+from durable_cluster.commands import Alarm, Call
+from durable_cluster.context import Asked, Context
+from durable_cluster.continuation import Continuation, Goto, Stuck
+from durable_cluster.envelope import encode
+from durable_cluster.errors import ConfigurationError, HandlerError, InputError, StepTimeout, TerminalError
+from durable_cluster.execution import Execution, Pending
+from durable_cluster.failures import failure_of
+from durable_cluster.notes import Notes
+
+FAILURES = (Exception, SystemExit)
+NOT_RETRIED = (HandlerError, ConfigurationError, InputError, TerminalError)
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """What a call came to: JSON and as the workflow sees it, or a failure."""
+
+    encoded: bytes = b"null"
+    value: Any = None
+    error: BaseException | None = None
+
+
+async def run_several(ctx: Context, execution: Execution) -> Continuation:
+    """Run what the function waits for until none of it runs any more, and hand on what it waits for then."""
+    several = _Several(ctx, execution)
+    try:
+        await several.run()
+    finally:
+        several.drop_all()
+    return several.end or execution.workflow.handed_on(ctx, execution)
+
+
+class _Several:
+    def __init__(self, ctx: Context, execution: Execution) -> None:
+        self.ctx = ctx
+        self.execution = execution
+        self.running: dict[str, asyncio.Task[Answered]] = {}
+        self.said: list[msgspec.Raw] = []
+        self.end: Continuation | None = None
+
+    async def run(self) -> None:
+        self._take_up()
+        while self.end is None and not self.execution.is_done:
+            self._begin()
+            if not self.running:
+                return
+            await asyncio.wait(
+                self.running.values(), timeout=self._until_alarm_s(), return_when=asyncio.FIRST_COMPLETED
+            )
+            self._answer()
+
+    def drop_all(self) -> None:
+        for task in self.running.values():
+            task.cancel()
+
+    def _take_up(self) -> None:
+        """What an earlier attempt has said it came to."""
+        for value in self.ctx.progress or ():
+            encoded = encode(value)
+            entry = memo.decoded_entry(encoded)
+            pending = self.execution.pending.get(entry.key)
+            if pending is None:
+                continue
+            self.said.append(msgspec.Raw(encoded))
+            if entry.failure is not None:
+                self.execution.fail(entry.key, entry.failure)
+            else:
+                self.execution.answer(entry.key, encoded, pending.command.decoded(entry.value))
+
+    def _begin(self) -> None:
+        """Begin what it asks for now, and end what it no longer waits for."""
+        waits = {one.key: one for one in self.execution.waits}
+        for key in [key for key in self.running if key not in waits]:
+            self.running.pop(key).cancel()
+        for key, pending in waits.items():
+            command = pending.command
+            if type(command) is Call and key not in self.running and not command.function.needs_its_own:
+                self.running[key] = asyncio.create_task(self._call(key, command))
+
+    def _answer(self) -> None:
+        """Feed the function with what has ended, one at a time, steps before times that are over."""
+        for key in [key for key, task in self.running.items() if task.done()]:
+            answered = self.running.pop(key).result()
+            if key not in self.execution.pending:
+                continue
+            if answered.error is not None:
+                self._fail(key, answered.error)
+            else:
+                entry = memo.completed(key, answered.encoded)
+                self.said.append(msgspec.Raw(entry))
+                self.execution.answer(key, entry, answered.value)
+        for pending in self._over():
+            self.execution.answer(pending.key, memo.completed(pending.key, b"null"), None)
+        self.ctx.heartbeat(self.said)
+
+    def _fail(self, key: str, error: BaseException) -> None:
+        """A step failed for good. If the function does not catch that, a retry begins with this step, and what else did not end."""
+        execution, failure = self.execution, failure_of(error)
+        before = msgspec.Raw(execution.encoded(None))
+        execution.fail(key, failure)
+        self.said.append(msgspec.Raw(memo.failed(key, failure)))
+        if execution.is_last_failure_uncaught and not isinstance(error, TerminalError):
+            self.end = Stuck(Goto(self.ctx.step, before), error)
+            execution.close()
+
+    def _over(self) -> list[Pending]:
+        now = self.execution.now()
+        return [one for one in self.execution.waits if type(one.command) is Alarm and one.command.due <= now]
+
+    def _until_alarm_s(self) -> float | None:
+        due = [one.command.due for one in self.execution.waits if type(one.command) is Alarm]
+        return max(0.0, min(due) - self.execution.now()) if due else None
+
+    async def _call(self, key: str, call: Call) -> Answered:
+        """All attempts of one step."""
+        function = call.function
+        policy = call.options.retry or (function.step_of(self.execution.workflow).retry)
+        timeout_s = call.options.timeout_s or function.timeout_s
+        attempt, said = 1, None
+        while True:
+            of = msgspec.structs.replace(self.ctx.envelope, step=function.name, attempt=attempt, progress=said)
+            context = Context(self.execution.workflow, of)
+            context.answers(Asked(self.execution.carried.run, key, self.execution.tokens + 1))
+            try:
+                async with asyncio.timeout(timeout_s) as limit:
+                    value = await self._run(call, context)
+                encoded, decoded = function.answer_of(value)
+            except FAILURES as error:
+                known = _timed_out(call, timeout_s) if isinstance(error, TimeoutError) and limit.expired() else error
+                if attempt >= policy.attempts or not policy.is_retried(known) or isinstance(known, NOT_RETRIED):
+                    return Answered(error=known)
+                said = context.said
+                await asyncio.sleep(policy.pause_s(attempt, chance=random.random()))
+                attempt += 1
+            else:
+                self._note(context)
+                return Answered(encoded, decoded)
+
+    async def _run(self, call: Call, context: Context) -> Any:
+        function = call.function
+        if function.is_async:
+            return await function.run(context, msgspec.Raw(call.args))
+        if function.is_blocking:
+            return await asyncio.to_thread(function.run, context, msgspec.Raw(call.args))
+        return function.run(context, msgspec.Raw(call.args))
+
+    def _note(self, context: Context) -> None:
+        """What the step said beside its result is said by the event."""
+        if context.notes is None:
+            return
+        notes = self.ctx.notes = self.ctx.notes or Notes()
+        if context.notes.attributes is not None:
+            self.ctx.set_attributes(context.notes.attributes)
+        if context.notes.progress is not None:
+            notes.progress = context.notes.progress
+
+
+def _timed_out(call: Call, timeout_s: float) -> StepTimeout:
+    return StepTimeout(f"step '{call.name}' did not end within its timeout of {timeout_s:g} s")

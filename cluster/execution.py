@@ -1,0 +1,380 @@
+"""A linear workflow's function while it is in this process: entered, fed with what its awaits came to, and asked what it waits for.
+
+Entered anew, it is fed with all that is recorded, in the recorded order, before anything else happens: so two branches of it see
+each other's results in the order of the first time. What it asks for has to be what is recorded; else the code has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from durable_cluster import memo
+from durable_cluster.commands import Alarm, Command
+from durable_cluster.envelope import encode
+from durable_cluster.errors import ChildFailed, NonDeterminismError
+from durable_cluster.failures import is_in, rebuilt
+from durable_cluster.joins import Child
+from durable_cluster.loop import WorkflowLoop
+from durable_cluster.memo import CANCEL_KEY, Carried, Entry, Failure
+from durable_cluster.notes import Attributes, Notes, checked_attributes, checked_progress
+
+if TYPE_CHECKING:
+    from durable_cluster.linear import Workflow
+
+
+class Branch:
+    """A task of the workflow: where its awaits are counted."""
+
+    __slots__ = ("awaits", "branches", "prefix")
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.awaits = 0
+        self.branches = 0
+
+
+class Pending:
+    """An await without an answer. ``turn``: when it was asked for."""
+
+    __slots__ = ("command", "future", "key", "turn")
+
+    def __init__(self, key: str, command: Command, future: asyncio.Future[Any], turn: int) -> None:
+        self.key = key
+        self.command = command
+        self.future = future
+        self.turn = turn
+
+
+class ContinueAsNew(BaseException):
+    """Ends the function: it begins again with ``value``."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Execution:
+    """One workflow's function, its branches, and what each of them waits for."""
+
+    def __init__(self, workflow: Workflow[Any, Any], workflow_id: str, carried: Carried) -> None:
+        self.workflow = workflow
+        self.workflow_id = workflow_id
+        self.carried = carried
+        self.thread_id = 0
+        self.is_sync = workflow.is_sync
+        self.loop = WorkflowLoop(self)  # type: ignore[abstract]
+        self.pending: dict[str, Pending] = {}
+        self.children: list[Child] = []
+        self.spawned = carried.spawned
+        self.tokens = carried.tokens
+        self.turn = 0
+        self.expects = b""
+        self.kept_at = 0.0
+        self.main: asyncio.Task[Any]
+        self.wrong: NonDeterminismError | None = None
+        self.notes: Notes | None = None
+        self._keys: list[str] = []
+        self._entries: list[bytes] = []
+        self._instants: dict[str, msgspec.Raw] = dict(carried.instants)
+        self._patches = set(carried.patches)
+        self._unread: dict[str, str] = {}
+        self._is_closed = False
+        self._root = Branch("")
+        self._branches: dict[asyncio.Task[Any], Branch] = {}
+        self._failures: list[BaseException] = []
+        self._failed_at = 0
+        self._timers: dict[int, asyncio.Future[Any]] = {}
+
+    # From outside.
+
+    def enter(self, main: Coroutine[Any, Any, Any]) -> None:
+        """Begin the function and feed it with what is recorded."""
+        recorded = memo.decoded_entries(self.carried.entries) if self.carried.entries != b"[]" else []
+        self._unread = _names(recorded)
+        self.main = self.loop.create_task(main)
+        self.loop.run_ready()
+        for entry, encoded in recorded:
+            if self.wrong is not None:
+                return
+            if entry.key == CANCEL_KEY:
+                self._cancel(msgspec.json.decode(entry.value), encoded)
+            else:
+                self._replay(entry, encoded)
+
+    def answer(self, key: str, encoded: bytes, value: Any) -> None:
+        """An await came to ``value``; ``encoded``: its entry. On to where the function waits again."""
+        pending = self.pending.pop(key)
+        self._record(key, encoded)
+        self.turn += 1
+        if pending.future.done():
+            pass
+        elif isinstance(value, Exception):
+            pending.future.set_exception(value)
+        else:
+            pending.future.set_result(value)
+        self.loop.run_ready()
+
+    def fail(self, key: str, failure: Failure) -> None:
+        """A step failed for good."""
+        pending = self.pending.pop(key)
+        self._record(key, memo.failed(key, failure))
+        self.turn += 1
+        self._raise(pending, failure)
+        self.loop.run_ready()
+
+    def cancel(self, reason: str) -> None:
+        """The workflow cleans up from here on."""
+        self._cancel(reason, memo.cancelled(reason))
+
+    def demand_waiting(self, key: str) -> None:
+        """The function has to wait for this, as it did when the step event was handed on. Raises NonDeterminismError."""
+        if self.wrong is None and key not in self.pending:
+            self._refuse_recorded(key)
+        self.demand_right()
+
+    def demand_right(self) -> None:
+        """Raises NonDeterminismError if the function has not come here as it did before."""
+        if self.wrong is not None:
+            self.close()
+            raise self.wrong
+
+    def as_new(self, value: msgspec.Raw) -> Carried:
+        """What it begins again with."""
+        return Carried(value, spawned=self.spawned, tokens=self.tokens, run=self.carried.run + 1)
+
+    def close(self) -> None:
+        """Put the function away, wherever it waits."""
+        self._is_closed = True
+        self.loop.close()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the function has ended."""
+        return self.main.done()
+
+    @property
+    def waits(self) -> list[Pending]:
+        """What the function waits for, in the order in which it asked."""
+        return [one for one in self.pending.values() if not one.future.done()]
+
+    @property
+    def is_last_failure_uncaught(self) -> bool:
+        """Whether the function ended with the failure it was just fed with, and asked for nothing after it."""
+        return self._failed_at == self.turn and self.is_failure_uncaught
+
+    @property
+    def is_failure_uncaught(self) -> bool:
+        """Whether the function ended with a failure of one of its steps."""
+        error = self.main.exception() if self.main.done() and not self.main.cancelled() else None
+        return error is not None and any(is_in(failure, error) for failure in self._failures)
+
+    def encoded(self, asked: memo.Asked | None) -> bytes:
+        """Its state as it goes into the log. ``asked``: what the next step event answers."""
+        carried = Carried(
+            self.carried.input,
+            msgspec.Raw(b"[" + b",".join(self._entries) + b"]"),
+            asked,
+            self._instants,
+            sorted(self._patches),
+            self.spawned,
+            self.tokens,
+            self.carried.run,
+        )
+        self.expects = encode(carried)
+        return self.expects
+
+    # From the workflow's own lines.
+
+    def begin(self, command: Command) -> asyncio.Future[Any]:
+        """Ask for something. What it comes to, later, is the future's."""
+        if self._is_closed:
+            raise GeneratorExit
+        key = self._key(command.name)
+        future = self.loop.create_future()
+        self.pending[key] = Pending(key, command, future, self.turn)
+        return future
+
+    def instant(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns (JSON), recorded: the same whenever this line runs again."""
+        if self._is_closed:
+            raise GeneratorExit
+        key = self._key(name)
+        if key not in self._instants:
+            self._instants[key] = msgspec.Raw(encode(make()))
+        return msgspec.json.decode(self._instants[key])
+
+    def time(self) -> float:
+        """Seconds since 1970 by the database's clock, recorded."""
+        return float(self.instant("time", self.workflow.app.clock.now))
+
+    def now(self) -> float:
+        """The same, as it is."""
+        return self.workflow.app.clock.now()
+
+    def call_at(self, when: float, handle: asyncio.TimerHandle) -> None:
+        """A timer of asyncio's."""
+        future = self.begin(Alarm(when, when - self.now()))
+        future.add_done_callback(lambda _: None if handle.cancelled() else handle._run())
+        self._timers[id(handle)] = future
+        future.add_done_callback(lambda _: self._timers.pop(id(handle), None))
+
+    def forget_timer(self, handle: asyncio.TimerHandle) -> None:
+        """It is not wanted any more."""
+        future = self._timers.get(id(handle))
+        if future is not None:
+            future.cancel()
+
+    def branched(self, task: asyncio.Task[Any]) -> None:
+        """A task of the workflow begins."""
+        parent = self.branch
+        parent.branches += 1
+        is_main = not self._branches
+        self._branches[task] = self._root if is_main else Branch(f"{parent.prefix}{parent.branches}.")
+        task.add_done_callback(self._branches.pop) if not is_main else None
+
+    @property
+    def branch(self) -> Branch:
+        """The one whose lines run now."""
+        task = asyncio.current_task(self.loop)
+        return self._root if task is None else self._branches.get(task, self._root)
+
+    def key(self, name: str) -> str:
+        """Where the function stands now: a position of its own, and this name."""
+        if self._is_closed:
+            raise GeneratorExit
+        return self._key(name)
+
+    def recorded(self, key: str) -> msgspec.Raw | None:
+        """An instant, if there is one."""
+        return self._instants.get(key)
+
+    def record(self, key: str, value: bytes) -> None:
+        """An instant of this key, from now on."""
+        self._instants[key] = msgspec.Raw(value)
+
+    def patched(self, name: str) -> bool:
+        """Whether this run takes the change called ``name``: it was not past it before the change was made."""
+        if name not in self._patches and not self._has_recorded_ahead():
+            self._patches.add(name)
+        return name in self._patches
+
+    def note(self, *, attributes: Attributes | None = None, progress: Any = None) -> None:
+        """What the workflow says of itself, unless it has said it before."""
+        if self._unread:
+            return
+        self.notes = notes = self.notes or Notes()
+        if attributes is not None:
+            notes.attributes = {**(notes.attributes or {}), **checked_attributes(attributes)}
+        if progress is not None:
+            notes.progress = checked_progress(progress, step=self.workflow.name)
+
+    def forget_below(self, prefix: str) -> None:
+        """Drop what is recorded of awaits whose position begins so: what they led to is recorded."""
+        kept = [(key, one) for key, one in zip(self._keys, self._entries, strict=True) if not key.startswith(prefix)]
+        self._keys, self._entries = [key for key, _ in kept], [one for _, one in kept]
+        for key in [key for key in self._instants if key.startswith(prefix)]:
+            del self._instants[key]
+
+    def spawn(self, children: Sequence[Child]) -> int:
+        """Start children with the next step event. The number of the first in this workflow, from 0; the others follow."""
+        known = self.spawned + len(self.children)
+        first = int(self.instant("spawn", lambda: known))
+        self.children += children[max(0, known - first) :]
+        return first
+
+    def take_token(self) -> int:
+        """The number of this wait with a token."""
+
+        def take() -> int:
+            self.tokens += 1
+            return self.tokens
+
+        return int(self.instant("token", take))
+
+    # Help.
+
+    def _raise(self, pending: Pending, failure: Failure) -> None:
+        error = rebuilt(failure)
+        self._failures.append(error)
+        self._failed_at = self.turn
+        if not pending.future.done():
+            pending.future.set_exception(error)
+
+    def _record(self, key: str, encoded: bytes) -> None:
+        self._keys.append(key)
+        self._entries.append(encoded)
+
+    def _key(self, name: str) -> str:
+        branch = self.branch
+        branch.awaits += 1
+        position = f"{branch.prefix}{branch.awaits}"
+        if self._unread and self._unread.get(position, name) != name:
+            self._refuse(
+                f"at {_place(position)} '{self._unread[position]}' is recorded, and the code now asks for '{name}'"
+            )
+        return f"{position} {name}"
+
+    def _replay(self, entry: Entry, encoded: bytes) -> None:
+        pending = self.pending.pop(entry.key, None)
+        if pending is None:
+            self._refuse_recorded(entry.key)
+            return
+        self._unread.pop(entry.key.partition(" ")[0], None)
+        self._record(entry.key, encoded)
+        self.turn += 1
+        if pending.future.done():
+            pass
+        elif entry.failure is not None:
+            self._raise(pending, entry.failure)
+        else:
+            try:
+                pending.future.set_result(pending.command.decoded(entry.value))
+            except (msgspec.ValidationError, ChildFailed) as error:
+                self._set_wrong(f"what is recorded of {_told(entry.key)} does not fit any more: {error}")
+                return
+        self.loop.run_ready()
+
+    def _refuse_recorded(self, key: str) -> None:
+        asks = ", ".join(_told(one.key) for one in self.waits)
+        now = "has ended before it" if self.main.done() else f"waits for {asks or 'nothing'}"
+        self._set_wrong(f"{_told(key)} is recorded, and the code now {now}")
+
+    def _cancel(self, reason: str, encoded: bytes) -> None:
+        self._record(CANCEL_KEY, encoded)
+        self.turn += 1
+        self.main.cancel(reason)
+        self.loop.run_ready()
+
+    def _has_recorded_ahead(self) -> bool:
+        return bool(self._unread)
+
+    def _refuse(self, what: str) -> None:
+        self._set_wrong(what)
+        assert self.wrong is not None
+        raise self.wrong
+
+    def _set_wrong(self, what: str) -> None:
+        if self.wrong is None:
+            self.wrong = NonDeterminismError(
+                f"workflow '{self.workflow.name}' has come this way differently: {what}. Bring the line back, or put the new one"
+                " behind 'if patched(name):', and retry"
+            )
+
+
+def _names(recorded: Sequence[tuple[Entry, bytes]]) -> dict[str, str]:
+    """What is recorded, by position."""
+    parted = [entry.key.partition(" ") for entry, _ in recorded if entry.key != CANCEL_KEY]
+    return {position: name for position, _, name in parted}
+
+
+def _told(key: str) -> str:
+    position, _, name = key.partition(" ")
+    return f"'{name}'" + (f" at {_place(position)}" if position else "")
+
+
+def _place(position: str) -> str:
+    branch, _, count = position.rpartition(".")
+    return f"await {count}" + (f" of branch {branch}" if branch else "")

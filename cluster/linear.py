@@ -1,0 +1,341 @@
+"""Linear workflows: an ordinary function, run as a state machine whose steps are the steps that it awaits.
+
+A step event carries the function's input and what its awaits came to (see ``memo``). Whoever runs the event runs the step, lets the
+function go on with the result (resumed, where this process still has it, else entered anew and fed with all that is recorded), and
+hands on whatever it waits for then: the next step, a sleep, signals, children, or its end.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import msgspec
+import psycopg
+
+from durable_cluster import bridge, memo, waits
+from durable_cluster.commands import Call, Command
+from durable_cluster.concurrent import run_several
+from durable_cluster.context import Context
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Spawn, Stuck
+from durable_cluster.durations import Duration
+from durable_cluster.envelope import Envelope, encode
+from durable_cluster.errors import AppError, HandlerError, NonDeterminismError, TerminalError
+from durable_cluster.execution import ContinueAsNew, Execution
+from durable_cluster.failures import failure_of
+from durable_cluster.handles import ChildHandle, WorkflowHandle, spawned
+from durable_cluster.joins import CHILDREN_MAX
+from durable_cluster.limits import Limit
+from durable_cluster.machine import Machine, Step
+from durable_cluster.memo import Asked, Carried, carried_decoder
+from durable_cluster.notes import Attributes
+from durable_cluster.retry import Retry
+from durable_cluster.types import Signature, decoder_of, input_of
+
+if TYPE_CHECKING:
+    from durable_cluster.app import App
+    from durable_cluster.executor import Task
+
+START, RESUME, SEVERAL, CANCELLED = "workflow.start", "workflow.resume", "workflow.gather", "workflow.cancelled"
+UNUSED_S = 30.0
+SEVERAL_TIMEOUT_S = 10 * 365 * 86_400.0
+
+In = TypeVar("In")
+R = TypeVar("R")
+
+
+class Workflow(Machine, Generic[In, R]):
+    """Made by ``@app.workflow``: started, looked up, scheduled and spawned as any machine is."""
+
+    def __init__(
+        self, app: App, function: Callable[..., Any], *, name: str | None, version: int, limit: Limit | None
+    ) -> None:
+        super().__init__(app, name or function.__name__, state=Any, version=version, limit=limit)
+        self.function = function
+        self.is_sync = not inspect.iscoroutinefunction(function)
+        self.takes_input, input_type, returns = input_of(function)
+        self.returned = decoder_of(returns, f"workflow '{self.name}': the type it returns")
+        inputs = decoder_of(input_type, f"workflow '{self.name}': the type of its input")
+        self.steps = _Steps(self)
+        self.first = self._own(START, self._start, decoder=inputs, is_limited=limit is not None)
+        self._own(RESUME, self._resume)
+        self._own(SEVERAL, self._run_several, is_async=True, timeout_s=SEVERAL_TIMEOUT_S)
+        self.on_cancel = self._own(CANCELLED, self._clean_up)
+        self._known: OrderedDict[str, Execution] = OrderedDict()
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+
+    def __repr__(self) -> str:
+        return f"<workflow '{self.name}'>"
+
+    def start(
+        self,
+        value: In | None = None,
+        *,
+        key: str | None = None,
+        after: Duration | None = None,
+        at: datetime | None = None,
+        priority: float = 1,
+        attributes: Attributes | None = None,
+        tx: psycopg.Connection[Any] | None = None,
+    ) -> WorkflowHandle[R]:
+        """Start it with ``value``; see ``Machine.start``. The handle's ``result()`` is of the type that the function returns."""
+        started = super().start(value, key=key, after=after, at=at, priority=priority, attributes=attributes, tx=tx)
+        return WorkflowHandle(self.app.client, self.name, started.id, self.returned)
+
+    def get(self, *, key: str) -> WorkflowHandle[R]:
+        """The one that was started with ``key``. Raises UnknownWorkflow."""
+        return WorkflowHandle(self.app.client, self.name, super().get(key=key).id, self.returned)
+
+    def spawn(self, value: In | None = None, *, after: Duration | None = None) -> ChildHandle[R]:
+        """In a workflow's lines: start a child of this kind with the next checkpoint; ``await`` the handle for what it returns.
+
+        Raises InputError.
+        """
+        return spawned(self.child(value, after=after), self.returned)
+
+    def step_name(self, step: str | Callable[..., Any]) -> str:
+        """The name of one of its steps. Raises AppError for any other."""
+        name = step if isinstance(step, str) else getattr(step, "name", "")
+        if name in self.steps:
+            return name
+        raise AppError(
+            f"workflow '{self.name}' has no step '{name}'; its app's are {', '.join(self.app.steps) or 'none yet'}"
+        )
+
+    def asked(self, execution: Execution, command: Command) -> Any:
+        """What a line of the function gets for asking: a coroutine, or in a plain ``def`` what it came to."""
+        coroutine = _awaited(execution, command)
+        return bridge.wait(coroutine) if self.is_sync else coroutine
+
+    # Its own steps.
+
+    def _start(self, ctx: Context, value: Any) -> Continuation:
+        carried = Carried(ctx.envelope.state)
+        return self.handed_on(ctx, self._entered(ctx.workflow_id, carried, value))
+
+    def _resume(self, ctx: Context, carried: Carried) -> Continuation:
+        execution = self.execution(ctx, carried)
+        execution.demand_right()
+        waits.answer(ctx, execution, carried.asked)
+        return self.handed_on(ctx, execution)
+
+    async def _run_several(self, ctx: Context, carried: Carried) -> Continuation:
+        execution = self.execution(ctx, carried)
+        execution.demand_right()
+        return await run_several(ctx, execution)
+
+    def _clean_up(self, ctx: Context, carried: Carried) -> Continuation:
+        execution = self.execution(ctx, carried)
+        execution.demand_right()
+        execution.cancel(ctx.cancelled or "cancelled")
+        return self.handed_on(ctx, execution)
+
+    # What its steps do with the function.
+
+    def went_on(self, ctx: Context, carried: Carried, key: str, value: bytes, decoded: Any) -> Continuation:
+        """The function goes on with what its step returned. Where its code does not fit any more, that is kept for when it does."""
+        execution = self.execution(ctx, carried)
+        entry = memo.completed(key, value)
+        try:
+            execution.demand_waiting(key)
+        except NonDeterminismError as wrong:
+            return Stuck(Goto(RESUME, memo.with_entry(carried, entry)), wrong)
+        execution.answer(key, entry, decoded)
+        return self.handed_on(ctx, execution)
+
+    def after_failure(self, task: Task, error: BaseException) -> Continuation | None:
+        """The function is told that its step failed for good; None if it does not catch that: the step is a dead letter."""
+        if task.step.name in OWN:
+            return None
+        carried = task.step.decoder.decode(task.envelope.state)
+        ctx = Context(self, task.envelope)
+        execution = self.execution(ctx, carried)
+        if carried.asked is None:
+            return None
+        try:
+            execution.demand_waiting(carried.asked.key)
+        except NonDeterminismError:
+            return None
+        execution.fail(carried.asked.key, failure_of(error))
+        if execution.is_last_failure_uncaught:
+            execution.close()
+            return None
+        return self.handed_on(ctx, execution)
+
+    def cleanup_state(self, envelope: Envelope) -> msgspec.Raw:
+        """The first step's state is the bare input; all others' carry it."""
+        return msgspec.Raw(encode(Carried(envelope.state))) if envelope.step == START else envelope.state
+
+    def execution(self, ctx: Context, carried: Carried) -> Execution:
+        """The function where this step event finds it: taken out of what is known here, or entered anew."""
+        known = self._known.pop(ctx.workflow_id, None)
+        if known is not None:
+            if known.expects == bytes(ctx.envelope.state) and (
+                not known.is_sync or known.thread_id == threading.get_ident()
+            ):
+                return known
+            known.close()
+        try:
+            value = self.first.decoder.decode(carried.input)  # type: ignore[union-attr]
+        except msgspec.DecodeError as error:
+            raise HandlerError(f"the input does not fit workflow '{self.name}' any more: {error}") from error
+        return self._entered(ctx.workflow_id, carried, value)
+
+    def handed_on(self, ctx: Context, execution: Execution) -> Continuation:
+        """What the function waits for now, or its end."""
+        if execution.notes is not None:
+            ctx.notes, execution.notes = execution.notes, None
+        if execution.is_done:
+            return self._ended(ctx, execution)
+        children = tuple(execution.children[:CHILDREN_MAX])
+        del execution.children[:CHILDREN_MAX]
+        execution.spawned += len(children)
+        try:
+            if execution.children:
+                return Spawn(children, self._goto(execution, RESUME), keeps_group=True)
+            pending = execution.waits
+            calls = [one for one in pending if type(one.command) is Call]
+            if not calls:
+                return waits.continuation(ctx, execution, children, lambda asked: self._goto(execution, RESUME, asked))
+            goto = self._calling(execution, calls, is_alone=len(pending) == 1)
+            return Spawn(children, goto, keeps_group=True) if children else goto
+        finally:
+            self._keep(ctx.workflow_id, execution)
+
+    def _calling(self, execution: Execution, calls: list[Any], *, is_alone: bool) -> Goto:
+        """The event of the one step that the function waits for, of the first that needs one of its own, or of all together."""
+        own = calls[0] if is_alone and calls[0].command.options.timeout_s is None else None
+        own = own or next((one for one in calls if one.command.function.needs_its_own), None)
+        if own is None:
+            return self._goto(execution, SEVERAL)
+        call: Call = own.command
+        goto = self._goto(execution, call.name, Asked(own.key, msgspec.Raw(call.args)))
+        return goto if call.options.retry is None else msgspec.structs.replace(goto, retry=call.options.retry)
+
+    def _goto(self, execution: Execution, step: str, asked: Asked | None = None) -> Goto:
+        _ = self.steps[step]
+        return Goto(step, msgspec.Raw(execution.encoded(asked)))
+
+    def _ended(self, ctx: Context, execution: Execution) -> Continuation:
+        main = execution.main
+        if main.cancelled():
+            return (
+                Done(None)
+                if ctx.cancelled
+                else self._stuck(
+                    execution,
+                    HandlerError(f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError"),
+                )
+            )
+        error = main.exception()
+        if error is None:
+            return self._returned(execution, main.result())
+        if isinstance(error, ContinueAsNew):
+            return Goto(RESUME, msgspec.Raw(encode(execution.as_new(self._input(error.value)))))
+        if isinstance(error, TerminalError) or execution.is_failure_uncaught:
+            return Fail(error.reason if isinstance(error, TerminalError) else f"{type(error).__name__}: {error}")
+        return self._stuck(execution, error)
+
+    def _returned(self, execution: Execution, value: Any) -> Continuation:
+        try:
+            encoded = encode(value)
+            self.returned.decode(encoded)
+        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+            wrong = HandlerError(
+                f"workflow '{self.name}' returned what is not {_told(self.returned.type)} as JSON: {error}"
+            )
+            return self._stuck(execution, wrong)
+        return Done(msgspec.Raw(encoded))
+
+    def _input(self, value: Any) -> msgspec.Raw:
+        return msgspec.Raw(self.opening(value)[1].encode())
+
+    def _stuck(self, execution: Execution, error: BaseException) -> Stuck:
+        """Its own lines failed: a dead letter that enters the function anew, when it is mended."""
+        stuck = Stuck(self._goto(execution, RESUME), error)
+        execution.close()
+        return stuck
+
+    def _entered(self, workflow_id: str, carried: Carried, value: Any) -> Execution:
+        execution = Execution(self, workflow_id, carried)
+        execution.thread_id = threading.get_ident()
+        execution.enter(self._main(execution, value))
+        return execution
+
+    def _main(self, execution: Execution, value: Any) -> Coroutine[Any, Any, Any]:
+        args = (value,) if self.takes_input else ()
+        return bridge.run(self.function, *args) if self.is_sync else self.function(*args)
+
+    def _keep(self, workflow_id: str, execution: Execution) -> None:
+        """Keep the function for its next step. Where there is no room, who is there stays, but for who has not been used for long.
+
+        Steps come round by turns: to put away the least recently used would be to put away each just before its turn.
+        """
+        known, now = self._known, time.monotonic()
+        if len(known) >= self.app.settings.functions_max:
+            oldest = next(iter(known.values()), None)
+            if oldest is None or now - oldest.kept_at < UNUSED_S:
+                execution.close()
+                return
+            known.popitem(last=False)
+            oldest.close()
+        execution.kept_at = now
+        known[workflow_id] = execution
+
+    def _own(
+        self,
+        name: str,
+        handler: Callable[..., Any],
+        *,
+        decoder: msgspec.json.Decoder[Any] = carried_decoder,
+        is_async: bool = False,
+        is_limited: bool = False,
+        timeout_s: float | None = None,
+    ) -> Step:
+        step = Step(
+            name=name,
+            handler=handler,
+            signature=Signature(takes_context=True, is_async=is_async, state=Carried),
+            is_transactional=False,
+            is_blocking=False,
+            retry=Retry().policy,
+            timeout_s=timeout_s or self.app.settings.step_timeout_s,
+            limit=None,
+            is_limited=is_limited,
+            decoder=decoder,
+        )
+        self.steps[name] = step
+        return step
+
+
+OWN = (START, RESUME, SEVERAL, CANCELLED)
+
+
+class _Steps(dict[str, Step]):
+    """A workflow's own steps, and those of its app, each from when it is first asked for."""
+
+    def __init__(self, workflow: Workflow[Any, Any]) -> None:
+        super().__init__()
+        self._workflow = workflow
+
+    def __missing__(self, name: str) -> Step:
+        function = self._workflow.app.steps[name]
+        self[name] = step = function.step_of(self._workflow)
+        return step
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._workflow.app.steps
+
+
+async def _awaited(execution: Execution, command: Command) -> Any:
+    return await execution.begin(command)
+
+
+def _told(type_: Any) -> str:
+    return getattr(type_, "__name__", str(type_))

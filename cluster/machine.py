@@ -1,0 +1,297 @@
+"""A machine: a kind of workflow, a named set of steps, plain functions, and which of them begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import psycopg
+
+from durable_cluster import coordination
+from durable_cluster.client import Handle
+from durable_cluster.durations import Duration, beginning, seconds
+from durable_cluster.errors import AppError, InputError, UnknownWorkflow
+from durable_cluster.handles import ANY, ChildHandle, spawned
+from durable_cluster.joins import Child
+from durable_cluster.limits import Limit, checked_limit
+from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
+from durable_cluster.retry import Policy, Retry
+from durable_cluster.settings import checked_name
+from durable_cluster.types import Signature, checked_key, decoder_of, encoded_input, signature_of
+
+if TYPE_CHECKING:
+    from durable_cluster.app import App
+    from durable_cluster.continuation import Continuation
+    from durable_cluster.envelope import Envelope
+    from durable_cluster.executor import Task
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """A handler and how to call it."""
+
+    name: str
+    handler: Callable[..., Any]
+    signature: Signature
+    is_transactional: bool
+    is_blocking: bool
+    retry: Policy
+    timeout_s: float
+    limit: Limit | None
+    is_limited: bool
+    decoder: msgspec.json.Decoder[Any]
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it runs beside the page and may outlast it."""
+        return self.is_blocking or self.signature.is_async
+
+    @cached_property
+    def is_inline(self) -> bool:
+        """Whether it runs in the consumer's own thread, with no transaction open."""
+        return not (self.is_beside or self.is_transactional)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it runs there at once."""
+        return self.is_inline and not self.is_limited
+
+
+class Machine:
+    """A kind of workflow, written as steps that say what comes next."""
+
+    def __init__(self, app: App, name: str, *, state: Any, version: int, limit: Limit | None) -> None:
+        self.app = app
+        self.name = checked_name("workflow", name)
+        self.version = version
+        self.limit = checked_limit(limit, of=f"machine '{name}'")
+        self.steps: dict[str, Step] = {}
+        self.first: Step | None = None
+        self.on_cancel: Step | None = None
+        self._state = state
+        self._names: dict[str | Callable[..., Any], str] = {}
+
+    def step(
+        self,
+        *,
+        start: bool = False,
+        on_cancel: bool = False,
+        transactional: bool = False,
+        blocking: bool = False,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        limit: Limit | None = None,
+        name: str | None = None,
+    ) -> Callable[[F], F]:
+        """Make a function a step of this machine; it stays the plain function that it is.
+
+        The function is ``(state)`` or ``(ctx: Context, state)``, ``def`` or ``async def``, and returns
+        ``ctx.goto(step, state)``, ``ctx.done(output)`` or ``ctx.fail(reason)``. ``start``: a workflow begins here.
+        ``on_cancel``: it runs in place of the next step of a cancelled workflow, with that step's state, and may go on to others.
+        ``transactional``: it runs inside the transaction that hands the workflow on, with ``ctx.tx``. ``blocking``: a ``def`` that
+        waits (for files, sockets, a subprocess) and runs in a thread. ``retry``: what happens when it raises (5 attempts).
+        ``timeout``: how long one attempt may take (5 minutes). ``limit``: how many may run at once, or begin a
+        period. Raises AppError for a signature that cannot be called, InputError for a retry or timeout that cannot be.
+        """
+
+        def register(function: F) -> F:
+            step_name = checked_name("step", name or function.__name__)
+            signature = signature_of(function, default=self._state)
+            self._demand_possible(step_name, start=start, on_cancel=on_cancel)
+            demand_callable(step_name, is_async=signature.is_async, transactional=transactional, blocking=blocking)
+            if retry is not None and not isinstance(retry, Retry):
+                raise AppError(f"retry of step '{step_name}': {retry!r} is no Retry(…)")
+            step = Step(
+                name=step_name,
+                handler=function,
+                signature=signature,
+                is_transactional=transactional,
+                is_blocking=blocking,
+                retry=(retry or Retry()).policy,
+                timeout_s=checked_timeout_s(step_name, timeout, default_s=self.app.settings.step_timeout_s),
+                limit=checked_limit(limit, of=f"step '{step_name}'"),
+                is_limited=limit is not None or (start and self.limit is not None),
+                decoder=decoder_of(signature.state, f"step '{step_name}': its state type"),
+            )
+            self.steps[step_name] = step
+            self._names[function] = self._names[step_name] = step_name
+            if start:
+                self.first = step
+            if on_cancel:
+                self.on_cancel = step
+            return function
+
+        return register
+
+    def _demand_possible(self, step_name: str, *, start: bool, on_cancel: bool) -> None:
+        if step_name in self.steps:
+            raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
+        if start and self.first is not None:
+            raise AppError(f"machine '{self.name}' starts at '{self.first.name}' already; only one step has start=True")
+        if on_cancel and self.on_cancel is not None:
+            raise AppError(
+                f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
+            )
+
+    def step_name(self, step: str | Callable[..., Any]) -> str:
+        """The name of one of this machine's steps. Raises AppError for any other."""
+        name = self._names.get(step)
+        if name is None:
+            shown = getattr(step, "__name__", step)
+            raise AppError(
+                f"machine '{self.name}' has no step '{shown}'; its steps are {', '.join(self.steps) or 'none yet'}"
+            )
+        return name
+
+    def start(
+        self,
+        value: Any,
+        *,
+        key: str | None = None,
+        after: Duration | None = None,
+        at: datetime | None = None,
+        priority: float = 1,
+        attributes: Attributes | None = None,
+        tx: psycopg.Connection[Any] | None = None,
+    ) -> Handle:
+        """Start a workflow with ``value``; the same ``key`` gives the same workflow.
+
+        Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
+        database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
+        done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it joins that
+        connection's transaction: both commit or neither. Raises InputError before anything is written.
+        """
+        begin = beginning(after=after, at=at)
+        first = self._first()
+        payload = self._payload(first, value)
+        key = None if key is None else checked_key(key)
+        found_by = None if attributes is None else encoded_attributes(attributes)
+        client = self.app.client
+        workflow_id = client.start(
+            self.name,
+            self.version,
+            first.name,
+            payload,
+            key=key,
+            begin=begin,
+            priority=priority,
+            attributes=found_by,
+            tx=tx,
+        )
+        return Handle(client, self.name, workflow_id)
+
+    def start_many(
+        self,
+        values: Sequence[Any],
+        *,
+        keys: Sequence[str] | None = None,
+        after: Duration | None = None,
+        at: datetime | None = None,
+        priority: float = 1,
+        attributes: Attributes | Sequence[Attributes | None] | None = None,
+        tx: psycopg.Connection[Any] | None = None,
+    ) -> list[Handle]:
+        """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
+
+        ``after``, ``at``, ``priority``: as for ``start``, the same for all. ``attributes``: the same for all, or a sequence of
+        those of each.
+        """
+        begin = beginning(after=after, at=at)
+        if not values:
+            return []
+        first = self._first()
+        payloads = [self._payload(first, value) for value in values]
+        if keys is not None and len(keys) != len(values):
+            raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
+        keys = None if keys is None else [checked_key(key) for key in keys]
+        found_by = None if attributes is None else encoded_each(attributes, len(values))
+        client = self.app.client
+        ids = client.start_many(
+            self.name,
+            self.version,
+            first.name,
+            payloads,
+            keys=keys,
+            begin=begin,
+            priority=priority,
+            attributes=found_by,
+            tx=tx,
+        )
+        return [Handle(client, self.name, workflow_id) for workflow_id in ids]
+
+    def child(self, value: Any, *, after: Duration | None = None) -> Child:
+        """A workflow of this kind for a step to spawn: ``ctx.gather([ship.child(line) for line in lines], then=…, state=…)``.
+
+        Its first step runs at once, or ``after`` a while. Raises InputError.
+        """
+        first = self._first()
+        delay_s = 0.0 if after is None else seconds(after, what="after")
+        return Child(self.name, self.version, first.name, self._payload(first, value), delay_s)
+
+    def spawn(self, value: Any = None, *, after: Duration | None = None) -> ChildHandle[Any]:
+        """In the lines of a linear workflow: start a child of this kind with the next checkpoint.
+
+        ``await`` the handle for its output. Raises InputError.
+        """
+        return spawned(self.child(value, after=after), ANY)
+
+    def pause(self, *, actor: str | None = None) -> bool:
+        """From now on no workflow of this kind begins a step, until ``resume``; new ones may be started. Whether that is new."""
+        return coordination.pause(self.app.client.connection(), "type", self.name, actor=actor)
+
+    def resume(self) -> bool:
+        """Let them go on. Whether they were paused."""
+        return coordination.resume(self.app.client.connection(), "type", self.name) is not None
+
+    def get(self, *, key: str) -> Handle:
+        """The workflow that was started with ``key``. Raises UnknownWorkflow."""
+        try:
+            return self.app.client.by_key(self.name, checked_key(key))
+        except InputError as error:
+            raise UnknownWorkflow(f"no workflow '{self.name}' with such a key: {error}") from error
+
+    def after_failure(self, task: Task, error: BaseException) -> Continuation | None:
+        """What the workflow does about a step that failed for good; None: it is a dead letter."""
+        return None
+
+    def cleanup_state(self, envelope: Envelope) -> msgspec.Raw:
+        """The state of the cleanup that runs in place of this step."""
+        return envelope.state
+
+    def opening(self, value: Any) -> tuple[str, str]:
+        """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
+        first = self._first()
+        return first.name, self._payload(first, value)
+
+    def _first(self) -> Step:
+        if self.first is None:
+            raise AppError(f"machine '{self.name}' has no first step; declare one with @machine.step(start=True)")
+        return self.first
+
+    def _payload(self, first: Step, value: Any) -> str:
+        what = f"the input of workflow '{self.name}'"
+        limit = self.app.settings.payload_bytes_max
+        return encoded_input(value, decoder=first.decoder, what=what, bytes_max=limit).decode()
+
+
+def demand_callable(step_name: str, *, is_async: bool, transactional: bool, blocking: bool) -> None:
+    """Raises AppError for what a step cannot be at once."""
+    if transactional and is_async:
+        raise AppError(f"step '{step_name}' is async and transactional; a transactional step is a plain def")
+    if blocking and (transactional or is_async):
+        other = "transactional" if transactional else "async"
+        raise AppError(f"step '{step_name}' is blocking and {other}; a blocking step is a plain def for a thread")
+
+
+def checked_timeout_s(step: str, timeout: Duration | None, *, default_s: float) -> float:
+    """Seconds of a step's timeout. Raises InputError."""
+    if timeout is None:
+        return default_s
+    timeout_s = seconds(timeout, what=f"timeout of step '{step}'")
+    if not timeout_s:
+        raise InputError(f"timeout of step '{step}': {timeout!r} leaves it no time; leave it out for the default")
+    return timeout_s
