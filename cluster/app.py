@@ -49,6 +49,7 @@ class App:
         self.declared: dict[str, Plan] = {}
         self.schedules = Schedules(self)
         self.secret: bytes | None = None
+        self.runs_alone = False
         self.client = Client(dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state)
 
     def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:

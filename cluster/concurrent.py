@@ -16,13 +16,12 @@ from durable_cluster.commands import Alarm, Call
 from durable_cluster.context import Asked, Context
 from durable_cluster.continuation import Continuation, Goto, Stuck
 from durable_cluster.envelope import encode
-from durable_cluster.errors import ConfigurationError, HandlerError, InputError, StepTimeout, TerminalError
+from durable_cluster.errors import NOT_RETRIED, StepTimeout, TerminalError
 from durable_cluster.execution import Execution, Pending
 from durable_cluster.failures import failure_of
-from durable_cluster.notes import Notes
+from durable_cluster.notes import noted_too
 
 FAILURES = (Exception, SystemExit)
-NOT_RETRIED = (HandlerError, ConfigurationError, InputError, TerminalError)
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -109,7 +108,7 @@ class _Several:
     def _fail(self, key: str, error: BaseException) -> None:
         """A step failed for good. If the function does not catch that, a retry begins with this step, and what else did not end."""
         execution, failure = self.execution, failure_of(error)
-        before = msgspec.Raw(execution.encoded(None))
+        before = msgspec.Raw(execution.encoded(""))
         execution.fail(key, failure)
         self.said.append(msgspec.Raw(memo.failed(key, failure)))
         if execution.is_last_failure_uncaught and not isinstance(error, TerminalError):
@@ -127,7 +126,7 @@ class _Several:
     async def _call(self, key: str, call: Call) -> Answered:
         """All attempts of one step."""
         function = call.function
-        policy = call.options.retry or (function.step_of(self.execution.workflow).retry)
+        policy = call.options.retry or function.policy
         timeout_s = call.options.timeout_s or function.timeout_s
         attempt, said = 1, None
         while True:
@@ -140,13 +139,17 @@ class _Several:
                 encoded, decoded = function.answer_of(value)
             except FAILURES as error:
                 known = _timed_out(call, timeout_s) if isinstance(error, TimeoutError) and limit.expired() else error
-                if attempt >= policy.attempts or not policy.is_retried(known) or isinstance(known, NOT_RETRIED):
+                if (
+                    attempt >= policy.attempts
+                    or not policy.is_retried(known)
+                    or isinstance(known, (*NOT_RETRIED, TerminalError))
+                ):
                     return Answered(error=known)
                 said = context.said
                 await asyncio.sleep(policy.pause_s(attempt, chance=random.random()))
                 attempt += 1
             else:
-                self._note(context)
+                self.ctx.notes = noted_too(self.ctx.notes, context.notes)
                 return Answered(encoded, decoded)
 
     async def _run(self, call: Call, context: Context) -> Any:
@@ -156,16 +159,6 @@ class _Several:
         if function.is_blocking:
             return await asyncio.to_thread(function.run, context, msgspec.Raw(call.args))
         return function.run(context, msgspec.Raw(call.args))
-
-    def _note(self, context: Context) -> None:
-        """What the step said beside its result is said by the event."""
-        if context.notes is None:
-            return
-        notes = self.ctx.notes = self.ctx.notes or Notes()
-        if context.notes.attributes is not None:
-            self.ctx.set_attributes(context.notes.attributes)
-        if context.notes.progress is not None:
-            notes.progress = context.notes.progress
 
 
 def _timed_out(call: Call, timeout_s: float) -> StepTimeout:

@@ -29,10 +29,19 @@ class Sleep(msgspec.Struct, frozen=True, gc=False):
 
 
 class Stuck(msgspec.Struct, frozen=True, gc=False):
-    """The workflow cannot go on as its code is: a dead letter that, retried, begins with ``goto``. ``error``: why."""
+    """The workflow cannot go on as its code is: a dead letter that, retried, begins with ``goto``. ``error``, ``reason``: why."""
 
     goto: Goto
     error: BaseException
+    reason: str = "given_up"
+
+
+class Retrying(msgspec.Struct, frozen=True, gc=False):
+    """The first attempt of ``goto`` has failed already; the second follows after ``pause_s``, with what the first said."""
+
+    goto: Goto
+    pause_s: float
+    progress: Any = None
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -88,4 +97,4 @@ class Fail(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-Continuation = Goto | Sleep | Wait | Spawn | Join | Done | Fail | Stuck
+Continuation = Goto | Sleep | Wait | Spawn | Join | Done | Fail | Stuck | Retrying

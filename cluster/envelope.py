@@ -160,6 +160,11 @@ def encode(value: object) -> bytes:
     return encoded.replace(b"\n", b" ") if NEWLINE in encoded else encoded
 
 
+def encode_part(value: object) -> bytes:
+    """``value`` as JSON that goes into what ``encode`` checks as a whole. Raises TypeError or ValueError."""
+    return _encoder.encode(value)
+
+
 def header_of(text: str) -> Header:
     """The header of a page's text."""
     return _header.decode(text.partition("\n")[0])

@@ -131,6 +131,9 @@ class ResultTimeout(DurableError, TimeoutError):
     """``result(timeout=…)`` ran out; the workflow goes on."""
 
 
+NOT_RETRIED = (HandlerError, ConfigurationError, InputError, NonDeterminismError)
+"""Mistakes in the code: another attempt would fail the same way; a dead letter waits for a better version."""
+
 BY_SQLSTATE: dict[str, type[DurableError]] = {
     "DC001": BatchLost,
     "DC002": InputError,

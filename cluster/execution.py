@@ -76,6 +76,7 @@ class Execution:
         self.main: asyncio.Task[Any]
         self.wrong: NonDeterminismError | None = None
         self.notes: Notes | None = None
+        self._input = bytes(carried.input)
         self._keys: list[str] = []
         self._entries: list[bytes] = []
         self._instants: dict[str, msgspec.Raw] = dict(carried.instants)
@@ -171,8 +172,18 @@ class Execution:
         error = self.main.exception() if self.main.done() and not self.main.cancelled() else None
         return error is not None and any(is_in(failure, error) for failure in self._failures)
 
-    def encoded(self, asked: memo.Asked | None) -> bytes:
-        """Its state as it goes into the log. ``asked``: what the next step event answers."""
+    def encoded(self, key: str, args: bytes = b"[]") -> bytes:
+        """Its state as it goes into the log. ``key``: of what the next step event answers, with a step's ``args``, or nothing."""
+        if not (self._instants or self._patches or self.spawned or self.tokens or self.carried.run) and key:
+            # What most carry, put together in place of encoded.
+            self.expects = b'{"i":%b,"m":[%b],"a":["%b",%b]}' % (
+                self._input,
+                b",".join(self._entries),
+                key.encode(),
+                args,
+            )
+            return self.expects
+        asked = memo.Asked(key, msgspec.Raw(args)) if key else None
         carried = Carried(
             self.carried.input,
             msgspec.Raw(b"[" + b",".join(self._entries) + b"]"),

@@ -13,17 +13,9 @@ import msgspec
 import psycopg
 
 from durable_cluster.context import Context, short_id
-from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Sleep, Spawn, Stuck, Wait
+from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Retrying, Sleep, Spawn, Stuck, Wait
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.errors import (
-    ConfigurationError,
-    DurableError,
-    HandlerError,
-    InputError,
-    NonDeterminismError,
-    StepTimeout,
-    TerminalError,
-)
+from durable_cluster.errors import NOT_RETRIED, DurableError, HandlerError, StepTimeout, TerminalError
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.limits import LIMIT, OF_STEP, OF_WORKFLOW, Pump, Queued, pump_of, without_permit
 from durable_cluster.notes import SETTING, Noted, Setting, setting_of
@@ -42,8 +34,6 @@ UNROUTED_DOUBLINGS = 6
 
 FAILURES = (Exception, asyncio.CancelledError, SystemExit)
 """What a handler may raise to fail its own step. A cancellation is none of ours, or of a step whose result nobody waits for."""
-NOT_RETRIED = (HandlerError, ConfigurationError, InputError, NonDeterminismError)
-"""Mistakes in the code: another attempt would fail the same way; a dead letter waits for a better version."""
 
 
 class Later(msgspec.Struct, frozen=True):
@@ -62,6 +52,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
 
 
 WAITS = (Wait, Spawn, Join)
+TROUBLED = (Stuck, Retrying)
 
 
 class Parked(msgspec.Struct, frozen=True):
@@ -203,14 +194,20 @@ def conclude(task: Task, returned: Continuation) -> Result:
         return _waiting(task, returned)
     if type(returned) is Fail:
         return failure(envelope, str(returned.reason))
-    if type(returned) is Stuck:
-        stuck, error = _successor(task, returned.goto), returned.error
-        return dead_letter(stuck, "given_up", _reason(error), trace=_trace(error))
+    if isinstance(returned, TROUBLED):
+        return _troubled(task, returned)
     raise HandlerError(
         f"step '{envelope.step}' returned {type(returned).__name__};"
         " return ctx.goto(step, state), ctx.sleep(duration, step, state), ctx.wait_for(signal, then=step, state=…),"
         " ctx.spawn or ctx.gather(children, then=step, state=…), ctx.done(output) or ctx.fail(reason)"
     )
+
+
+def _troubled(task: Task, returned: Stuck | Retrying) -> Later | DeadLetter:
+    to = _successor(task, returned.goto)
+    if isinstance(returned, Stuck):
+        return dead_letter(to, returned.reason, _reason(returned.error), trace=_trace(returned.error))
+    return Later(msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress), returned.pause_s)
 
 
 def _completed(envelope: Envelope, output: bytes) -> Outcome:

@@ -15,7 +15,7 @@ from durable_cluster import memo
 from durable_cluster.commands import Call, Options
 from durable_cluster.context import Asked, Context
 from durable_cluster.durations import Duration
-from durable_cluster.envelope import encode
+from durable_cluster.envelope import encode_part
 from durable_cluster.errors import AppError, HandlerError, InputError
 from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.loop import WorkflowLoop
@@ -44,6 +44,8 @@ class StepFunction(Generic[P, R]):
     """Made by ``@app.step``. In a workflow ``await step(…)`` is a checkpoint; anywhere else it is the plain function.
 
     ``function``: the function itself. ``opts(retry=…, timeout=…)``: the same step with others of these, for one call.
+    ``needs_its_own``: it cannot run in one step event with others: its transaction, or its permit, is that of
+    one. ``is_quick``: it runs in its page, and may be run with the step before it.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class StepFunction(Generic[P, R]):
             raise AppError(f"retry of step '{self.name}': {retry!r} is no Retry(…)")
         self.is_transactional = transactional
         self.is_blocking = blocking
-        self.retry = retry
+        self.policy = (retry or Retry()).policy
         self.timeout_s = checked_timeout_s(self.name, timeout, default_s=app.settings.step_timeout_s)
         self.limit = checked_limit(limit, of=f"step '{self.name}'")
+        self.needs_its_own = transactional or limit is not None
+        self.is_quick = not (self.needs_its_own or blocking or self.is_async)
         self._options = NO_OPTIONS
         self._read_signature(function)
         self.__doc__ = function.__doc__
@@ -128,11 +132,6 @@ class StepFunction(Generic[P, R]):
         other._options = Options(None if retry is None else retry.policy, timeout_s)
         return other
 
-    @property
-    def needs_its_own(self) -> bool:
-        """Whether it cannot run in one step event with others: its transaction, or its permit, is that of one."""
-        return self.is_transactional or self.limit is not None
-
     def step_of(self, workflow: Workflow[Any, Any]) -> Step:
         """The step of a workflow that runs it and goes on."""
         return Step(
@@ -141,7 +140,7 @@ class StepFunction(Generic[P, R]):
             signature=Signature(takes_context=True, is_async=self.is_async, state=Carried),
             is_transactional=self.is_transactional,
             is_blocking=self.is_blocking,
-            retry=(self.retry or Retry()).policy,
+            retry=self.policy,
             timeout_s=self.timeout_s,
             limit=self._limit_of_args(),
             is_limited=self.limit is not None,
@@ -151,8 +150,7 @@ class StepFunction(Generic[P, R]):
     def _handler(self, workflow: Workflow[Any, Any]) -> Callable[[Context, Carried], Continuation]:
         def run(ctx: Context, carried: Carried) -> Continuation:
             asked = _asked_of(ctx, carried)
-            encoded, decoded = self.answer_of(self.run(ctx, asked.args))
-            return workflow.went_on(ctx, carried, asked.key, encoded, decoded)
+            return workflow.went_on(ctx, carried, asked.key, self.run(ctx, asked.args))
 
         return run
 
@@ -161,8 +159,7 @@ class StepFunction(Generic[P, R]):
     ) -> Callable[[Context, Carried], Coroutine[Any, Any, Continuation]]:
         async def run(ctx: Context, carried: Carried) -> Continuation:
             asked = _asked_of(ctx, carried)
-            encoded, decoded = self.answer_of(await self.run(ctx, asked.args))
-            return workflow.went_on(ctx, carried, asked.key, encoded, decoded)
+            return workflow.went_on(ctx, carried, asked.key, await self.run(ctx, asked.args))
 
         return run
 
@@ -191,7 +188,7 @@ class StepFunction(Generic[P, R]):
             bound.apply_defaults()
             args = (*bound.args, *(bound.kwargs[name] for name in self._by_name))
         try:
-            return encode(args)
+            return encode_part(args)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the arguments of step '{self.name}' are not JSON: {error}") from error
 
@@ -211,7 +208,7 @@ class StepFunction(Generic[P, R]):
     def answer_of(self, value: Any) -> tuple[bytes, Any]:
         """What the function returned, as JSON, and as the workflow sees it. Raises HandlerError."""
         try:
-            encoded = encode(value)
+            encoded = encode_part(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise HandlerError(f"step '{self.name}' returned what is not JSON: {error}") from error
         limit = self.app.settings.payload_bytes_max

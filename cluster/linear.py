@@ -19,6 +19,7 @@ import msgspec
 import psycopg
 
 from durable_cluster import bridge, memo, waits
+from durable_cluster.ahead import run_ahead
 from durable_cluster.commands import Call, Command
 from durable_cluster.concurrent import run_several
 from durable_cluster.context import Context
@@ -33,7 +34,7 @@ from durable_cluster.joins import CHILDREN_MAX
 from durable_cluster.limits import Limit
 from durable_cluster.machine import Machine, Step
 from durable_cluster.memo import Asked, Carried, carried_decoder
-from durable_cluster.notes import Attributes
+from durable_cluster.notes import Attributes, noted_too
 from durable_cluster.retry import Retry
 from durable_cluster.types import Signature, decoder_of, input_of
 
@@ -138,10 +139,11 @@ class Workflow(Machine, Generic[In, R]):
 
     # What its steps do with the function.
 
-    def went_on(self, ctx: Context, carried: Carried, key: str, value: bytes, decoded: Any) -> Continuation:
+    def went_on(self, ctx: Context, carried: Carried, key: str, value: Any) -> Continuation:
         """The function goes on with what its step returned. Where its code does not fit any more, that is kept for when it does."""
+        encoded, decoded = self.app.steps[ctx.step].answer_of(value)
         execution = self.execution(ctx, carried)
-        entry = memo.completed(key, value)
+        entry = memo.completed(key, encoded)
         try:
             execution.demand_waiting(key)
         except NonDeterminismError as wrong:
@@ -189,24 +191,34 @@ class Workflow(Machine, Generic[In, R]):
 
     def handed_on(self, ctx: Context, execution: Execution) -> Continuation:
         """What the function waits for now, or its end."""
+        if self.steps[ctx.step].is_inline:
+            failed = run_ahead(ctx, execution)
+            if failed is not None:
+                execution.close()
+                return failed
         if execution.notes is not None:
-            ctx.notes, execution.notes = execution.notes, None
+            ctx.notes, execution.notes = noted_too(ctx.notes, execution.notes), None
         if execution.is_done:
             return self._ended(ctx, execution)
+        try:
+            return self._waiting(ctx, execution)
+        finally:
+            self._keep(ctx.workflow_id, execution)
+
+    def _waiting(self, ctx: Context, execution: Execution) -> Continuation:
+        pending = execution.waits
+        if len(pending) == 1 and not execution.children and type(pending[0].command) is Call:
+            return self._calling(execution, pending, is_alone=True)  # as most do
         children = tuple(execution.children[:CHILDREN_MAX])
         del execution.children[:CHILDREN_MAX]
         execution.spawned += len(children)
-        try:
-            if execution.children:
-                return Spawn(children, self._goto(execution, RESUME), keeps_group=True)
-            pending = execution.waits
-            calls = [one for one in pending if type(one.command) is Call]
-            if not calls:
-                return waits.continuation(ctx, execution, children, lambda asked: self._goto(execution, RESUME, asked))
-            goto = self._calling(execution, calls, is_alone=len(pending) == 1)
-            return Spawn(children, goto, keeps_group=True) if children else goto
-        finally:
-            self._keep(ctx.workflow_id, execution)
+        if execution.children:
+            return Spawn(children, self._goto(execution, RESUME), keeps_group=True)
+        calls = [one for one in pending if type(one.command) is Call]
+        if not calls:
+            return waits.continuation(ctx, execution, children, lambda asked: self._goto(execution, RESUME, asked))
+        goto = self._calling(execution, calls, is_alone=len(pending) == 1)
+        return Spawn(children, goto, keeps_group=True) if children else goto
 
     def _calling(self, execution: Execution, calls: list[Any], *, is_alone: bool) -> Goto:
         """The event of the one step that the function waits for, of the first that needs one of its own, or of all together."""
@@ -215,12 +227,12 @@ class Workflow(Machine, Generic[In, R]):
         if own is None:
             return self._goto(execution, SEVERAL)
         call: Call = own.command
-        goto = self._goto(execution, call.name, Asked(own.key, msgspec.Raw(call.args)))
-        return goto if call.options.retry is None else msgspec.structs.replace(goto, retry=call.options.retry)
+        name = call.function.name
+        _ = self.steps[name]
+        return Goto(name, msgspec.Raw(execution.encoded(own.key, call.args)), call.options.retry)
 
     def _goto(self, execution: Execution, step: str, asked: Asked | None = None) -> Goto:
-        _ = self.steps[step]
-        return Goto(step, msgspec.Raw(execution.encoded(asked)))
+        return Goto(step, msgspec.Raw(execution.encoded("" if asked is None else asked.key)))
 
     def _ended(self, ctx: Context, execution: Execution) -> Continuation:
         main = execution.main

@@ -35,6 +35,13 @@ class Notes(msgspec.Struct):
     progress: msgspec.Raw | None = None
 
 
+def noted_too(notes: Notes | None, more: Notes | None) -> Notes | None:
+    """Both; the later word counts."""
+    if notes is None or more is None:
+        return notes or more
+    return Notes({**(notes.attributes or {}), **(more.attributes or {})} or None, more.progress or notes.progress)
+
+
 class Noted(msgspec.Struct, frozen=True, gc=False):
     """The result of a step that said something besides. ``envelope``: its own."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -71,7 +72,8 @@ class PageRunner:
         self._weights, self._heaviest = page.header.weights, _heaviest(page)
         self._is_diverting = bool(self._cancelled or self._paused or self._heaviest)
         if page.header.suspects:
-            return self._run_suspects(window, page)
+            with self._alone():
+                return self._run_suspects(window, page)
         slots, runs = self._phase_1(page.lines, window.shard)
         try:
             results = self._commit(window, page, slots)
@@ -210,6 +212,18 @@ class PageRunner:
                     slot = Detached(slot.envelope, None, crashes)
             results += self._commit(window, page, [slot], first=index)
         return self._done(page, results)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No step runs with another in one event meanwhile: which one it was has to be found out."""
+        apps = {machine.app for machine in self._machines.values()}
+        for app in apps:
+            app.runs_alone = True
+        try:
+            yield
+        finally:
+            for app in apps:
+                app.runs_alone = False
 
     def _mark(self, window: Window, page: Page, index: int) -> int:
         """How many processes will have died with this line if this one does; counted once, however often its commit is tried."""

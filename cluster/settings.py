@@ -12,7 +12,7 @@ from durable_cluster.errors import AppError, ConfigurationError
 
 SHARDS_MAX = 64
 RETENTION_DAYS_MAX = 36_500
-MAY_BE_ZERO = ("page_window_ms", "takeover_probe_s", "restarts_max", "functions_max")
+MAY_BE_ZERO = ("page_window_ms", "takeover_probe_s", "restarts_max", "functions_max", "run_ahead_ms")
 NAME_PATTERN = "[a-z0-9_.-]{1,57}"
 
 
@@ -20,6 +20,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits and intervals of one cluster; each can be given to ``App`` or on the command line.
 
     ``functions_max``: how many linear workflows' functions a process keeps between two steps of theirs; others are entered anew.
+    ``run_ahead_ms``: for so long quick steps of such a workflow run one after the other and are committed together; 0: each alone.
     """
 
     page_lines_max: int = 1_000
@@ -37,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     blocking_threads_max: int = 32
     max_crashes: int = 3
     functions_max: int = 10_000
+    run_ahead_ms: int = 10
     unroutable_limit_s: float = 86_400.0
     sweep_s: float = 0.02
     drain_grace_s: float = 30.0

@@ -69,11 +69,17 @@ class Declined(Exception):
     pass
 
 
-@pytest.fixture(params=["resumed", "entered anew"])
+HOW = {
+    "resumed": Settings(run_ahead_ms=0),
+    "entered anew": Settings(functions_max=0, run_ahead_ms=0),
+    "run ahead": Settings(run_ahead_ms=60_000),
+}
+
+
+@pytest.fixture(params=HOW)
 def app(request: pytest.FixtureRequest, dsn: str) -> Iterator[App]:
-    """Its functions are kept between two steps, or never."""
-    kept = 1_000 if request.param == "resumed" else 0
-    app = App("linear", dsn=dsn, settings=Settings(functions_max=kept))
+    """Its functions are kept between two steps, or never; or run ahead where they can."""
+    app = App("linear", dsn=dsn, settings=HOW[request.param])
     yield app
     app.close()
 
