@@ -284,6 +284,11 @@ class Workflow(Machine, Generic[In, R]):
         args = (value,) if self.takes_input else ()
         return bridge.run(self.function, *args) if self.is_sync else self.function(*args)
 
+    def forget_all(self) -> None:
+        """Put away every function that is kept: the next step of each enters it anew."""
+        while self._known:
+            self._known.popitem()[1].close()
+
     def _keep(self, workflow_id: str, execution: Execution) -> None:
         """Keep the function for its next step. Where there is no room, who is there stays, but for who has not been used for long.
 

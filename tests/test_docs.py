@@ -1,8 +1,14 @@
-"""The documents are true: each statement of docs/sql.md is executed, in order, and gives the result that stands below it."""
+"""The documents are true: each statement of docs/sql.md is executed, in order, and gives the result that stands below it.
+
+So are the programs of docs/linear.md.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -211,3 +217,21 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
         }
         for anchor in re.findall(r"\]\(#([^)\s]+)\)", text):
             assert anchor in headings, f"{document.name} links to #{anchor}"
+
+
+def test_the_page_on_linear_workflows_runs_as_one_program_and_prints_what_stands_below(
+    dsn: str, tmp_path: Path
+) -> None:
+    fences = [(found[1], found[2]) for found in FENCE.finditer((DOCS / "linear.md").read_text("utf-8"))]
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(text for language, text in fences if language == "python"))
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "DURABLE_DSN": dsn},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "".join(text for language, text in fences if language == "text")

@@ -1,0 +1,152 @@
+"""Linear workflows beside the death of their process: at any await, with any order of ends, results keep their places."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from durable_cluster import App, Context, Retry, Settings, executor, gather, loop, random as recorded_random, sleep
+from durable_cluster.envelope import Envelope, decode_line, encode_line
+from durable_cluster.executor import Later, Task
+from durable_cluster.statements import Outcome
+
+SEED = int(os.environ.get("DURABLE_TEST_SEED", "0")) or random.randrange(1, 2**31)
+SEEDS = int(os.environ.get("DURABLE_CRASH_SEEDS", "150"))
+WIDTH = 20
+
+
+class Died(BaseException):
+    """The process, at this line."""
+
+
+class World:
+    """One workflow, from event to event; its process dies now and then and forgets everything but what was committed or reported."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)
+        self.app = App("crashes", dsn="nowhere", settings=Settings(run_ahead_ms=self.dice.choice([0, 10])))
+        self.deaths = 0
+        self.drawn: list[float] = []
+        app = self.app
+
+        def may_die() -> None:
+            if self.deaths < 12 and self.dice.random() < 0.04:
+                self.deaths += 1
+                raise Died
+
+        @app.step(retry=Retry(attempts=3, backoff=0.0))
+        async def fetch(ctx: Context, branch: int, n: int) -> list[int]:
+            for _ in range(self.dice.randrange(6)):
+                await asyncio.sleep(0)
+            may_die()
+            if self.dice.random() < 0.1 and ctx.attempt < 3:
+                raise RuntimeError("try again")
+            return [branch, n]
+
+        @app.step
+        def quick(branch: int, n: int) -> list[int]:
+            may_die()
+            return [branch, n]
+
+        async def branch(number: int) -> list[list[int]]:
+            found = [await fetch(number, 0)]
+            for n in range(1, 1 + number % 3):
+                found.append(await (quick if number % 2 else fetch)(number, n))
+            return found
+
+        @app.workflow
+        async def flow(_: int) -> list[Any]:
+            chance = recorded_random()
+            before = await quick(100, 0)
+            wide = await gather(*(branch(number) for number in range(WIDTH)))
+            await sleep("1h")
+            self.drawn.append(chance)
+            total = 0
+            async for turn in loop([0, 0]):
+                turn.state = await quick(turn.state[0] + 1, total)
+                if turn.state[0] == 5:
+                    break
+            return [before, wide, turn.state]
+
+        self.flow = flow
+
+    def lives(self) -> Outcome:
+        """Until the end of the workflow."""
+        envelope = Envelope("ab" * 16, 1, "flow", "workflow.start", 1, msgspec.Raw(b"1"))
+        while True:
+            task = executor.resolve(self.app.machines, envelope, limit_s=1)
+            assert isinstance(task, Task)
+            context = executor.context_of(task)
+            try:
+                if task.step.signature.is_async:
+                    result: Any = asyncio.run(executor.run_async(task, context))
+                else:
+                    result = executor.run(task, context)
+            except Died:
+                self.flow.forget_all()
+                said = context.said if self.dice.random() < 0.7 else envelope.progress
+                envelope = msgspec.structs.replace(envelope, progress=_plain(said))
+                continue
+            if isinstance(result, Outcome):
+                return result
+            assert isinstance(result, Envelope | Later), result
+            envelope = decode_line(encode_line(result.envelope if isinstance(result, Later) else result))
+            if self.dice.random() < 0.2:
+                self.flow.forget_all()
+
+
+def _plain(said: Any) -> Any:
+    return msgspec.json.decode(said) if isinstance(said, msgspec.Raw) else said
+
+
+def expected() -> list[Any]:
+    wide = [[[number, n] for n in range(1 + number % 3)] for number in range(WIDTH)]
+    return [[100, 0], wide, [5, 0]]
+
+
+def test_a_wide_gather_never_mixes_its_results_whatever_ends_first_and_whenever_the_process_dies() -> None:
+    deaths = 0
+    for seed in range(SEED, SEED + SEEDS):
+        world = World(seed)
+        outcome = world.lives()
+        assert (outcome.status, msgspec.json.decode(outcome.output)) == ("completed", expected()), f"seed {seed}"
+        assert len(set(world.drawn)) == 1, f"seed {seed}: what was recorded was drawn again"
+        deaths += world.deaths
+    print(f"seed {SEED}: {SEEDS} runs, {deaths} deaths")
+    assert deaths > SEEDS, "too few deaths to mean anything"
+
+
+@pytest.mark.slow
+def test_a_loop_of_a_hundred_thousand_turns_carries_no_more_at_its_end(dsn: str) -> None:
+    app = App("loops", dsn=dsn)
+    sizes: list[int] = []
+
+    @app.step
+    def think(n: int) -> int:
+        return n + 1
+
+    @app.step
+    async def look(ctx: Context, n: int) -> int:
+        sizes.append(len(bytes(ctx.envelope.state)))
+        return n
+
+    @app.workflow
+    async def agent(limit: int) -> int:
+        async for turn in loop(0):
+            turn.state = await think(turn.state)
+            if turn.number % 5_000 == 0:
+                await look(turn.state)
+            if turn.state >= limit:
+                break
+        return turn.state
+
+    handle = agent.start(100_000)
+    app.run(until_idle=True)
+    assert handle.result(timeout=1) == 100_000
+    assert max(sizes) < min(sizes) + 100
+    app.close()
