@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from durable_cluster import App, Context, Retry, Settings, executor, gather, loop, random as recorded_random, sleep
+from durable_cluster import App, Context, Retry, Settings, executor, gather, loop, sleep
+from durable_cluster import random as recorded_random
 from durable_cluster.envelope import Envelope, decode_line, encode_line
 from durable_cluster.executor import Later, Task
 from durable_cluster.statements import Outcome
@@ -25,7 +26,7 @@ class Died(BaseException):
 
 
 class World:
-    """One workflow, from event to event; its process dies now and then and forgets everything but what was committed or reported."""
+    """One workflow, from event to event; its process dies now and then, and all is gone but what was committed or reported."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
@@ -53,18 +54,26 @@ class World:
             may_die()
             return [branch, n]
 
-        async def branch(number: int) -> list[list[int]]:
+        @app.step
+        def remember(order: list[int]) -> list[int]:
+            return order
+
+        async def branch(number: int, ended: list[int]) -> list[list[int]]:
             found = [await fetch(number, 0)]
             for n in range(1, 1 + number % 3):
                 found.append(await (quick if number % 2 else fetch)(number, n))
+            ended.append(number)
             return found
 
         @app.workflow
         async def flow(_: int) -> list[Any]:
             chance = recorded_random()
             before = await quick(100, 0)
-            wide = await gather(*(branch(number) for number in range(WIDTH)))
+            ended: list[int] = []
+            wide = await gather(*(branch(number, ended) for number in range(WIDTH)))
+            order = await remember(ended)
             await sleep("1h")
+            assert order == ended, "entered anew, the branches ended in another order"
             self.drawn.append(chance)
             total = 0
             async for turn in loop([0, 0]):
@@ -119,6 +128,35 @@ def test_a_wide_gather_never_mixes_its_results_whatever_ends_first_and_whenever_
         deaths += world.deaths
     print(f"seed {SEED}: {SEEDS} runs, {deaths} deaths")
     assert deaths > SEEDS, "too few deaths to mean anything"
+
+
+def test_a_function_whose_page_was_lost_is_not_taken_up_again() -> None:
+    app = App("crashes", dsn="nowhere", settings=Settings(run_ahead_ms=0))
+    answers = iter([1, 2])
+
+    @app.step
+    def ask() -> int:
+        return next(answers)
+
+    @app.step
+    def same(n: int) -> int:
+        return n
+
+    @app.workflow
+    async def flow() -> int:
+        return await same(await ask())
+
+    def handed_on(envelope: Envelope) -> Any:
+        task = executor.resolve(app.machines, envelope, limit_s=1)
+        assert isinstance(task, Task)
+        return executor.run(task, executor.context_of(task))
+
+    asked = handed_on(Envelope("ab" * 16, 1, "flow", "workflow.start", 1, msgspec.Raw(b"null")))
+    _lost = handed_on(asked)
+    committed = handed_on(asked)
+    end = handed_on(committed)
+    assert isinstance(end, Outcome), end
+    assert end.output == "2"
 
 
 @pytest.mark.slow
