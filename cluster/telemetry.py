@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
-
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
