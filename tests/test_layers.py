@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ def sources() -> dict[str, Path]:
 SOURCES = sources()
 
 
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    """Its code, to be read only."""
+    return ast.parse(SOURCES[module].read_text("utf-8"))
+
+
 def room_of(module: str) -> str:
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "cluster"
@@ -53,9 +60,8 @@ def statements_at_run_time(node: ast.AST, *, inside_functions: bool) -> Iterator
 
 def imports(module: str, *, inside_functions: bool = True) -> set[str]:
     """The product's modules that ``module`` imports."""
-    tree = ast.parse(SOURCES[module].read_text("utf-8"))
     found: set[str] = set()
-    for node in statements_at_run_time(tree, inside_functions=inside_functions):
+    for node in statements_at_run_time(tree_of(module), inside_functions=inside_functions):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -68,9 +74,8 @@ def imports(module: str, *, inside_functions: bool = True) -> set[str]:
 
 def outside_imports(module: str) -> set[str]:
     """The top-level names of everything else it imports."""
-    tree = ast.parse(SOURCES[module].read_text("utf-8"))
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -163,8 +168,8 @@ def test_one_module_maps_sqlstates_to_errors() -> None:
     sqlstate = re.compile(r"^(DC\d{3}|3F000|42P01|42883)$")
     holders = {
         module
-        for module, path in SOURCES.items()
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for module in SOURCES
+        for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and sqlstate.match(node.value)
     }
     assert holders == {f"{PACKAGE}.errors"}
@@ -174,9 +179,9 @@ def test_the_sql_of_the_path_of_a_step_is_called_from_one_module() -> None:
     on_the_path = re.compile(r"durable\.(claim|fence|commit_page|commit_plain_page|page|start|start_many|probe)\(")
     holders = {
         module
-        for module, path in SOURCES.items()
+        for module in SOURCES
         if room_of(module) in ("cluster", "shards")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and on_the_path.search(node.value)
     }
     assert holders == {f"{PACKAGE}.statements"}
@@ -195,8 +200,7 @@ def test_a_module_is_a_room_and_not_a_hall(module: str) -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_module_opens_with_a_sentence(module: str) -> None:
-    text = SOURCES[module].read_text("utf-8")
-    assert not text.strip() or ast.get_docstring(ast.parse(text))
+    assert not SOURCES[module].read_text("utf-8").strip() or ast.get_docstring(tree_of(module))
 
 
 @pytest.mark.parametrize(
