@@ -74,12 +74,14 @@ class Databases:
         """A test is done with it: whoever is still connected is sent away."""
         template, before = self._made.pop(name)
         is_unwritten = template not in self._unwritten and self._next_transaction() == before
-        self._ask(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'")
+        self._send_away(name)
         # Asked again: who was sent away may have written, and is counted once it has left.
         if is_unwritten and self._is_left(name) and self._next_transaction() == before:
             self._unwritten[template] = name
-        else:
-            self._spent.append(name)
+            return
+        self._ask(f"alter database {name} allow_connections false")  # whoever was left behind does not come back
+        self._send_away(name)
+        self._spent.append(name)
 
     def close(self) -> None:
         """Drop them all."""
@@ -90,6 +92,9 @@ class Databases:
 
     def dsn(self, name: str) -> str:
         return make_conninfo(self._server, dbname=name)
+
+    def _send_away(self, name: str) -> None:
+        self._ask(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'")
 
     def _drop_spent(self, kept: int) -> None:
         while len(self._spent) > kept:
