@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from opentelemetry import trace
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 
 from durable_cluster.context import short_id
@@ -22,15 +20,25 @@ from durable_cluster.envelope import Page
 from durable_cluster.errors import ConfigurationError
 from durable_cluster.settings import environment
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 SAMPLED_OF_10_000 = 100
 LINKS_MAX = 100
 _TRACE_KEY = b"durable-cluster trace id"
 
 
 def configure(role: str) -> TracerProvider | None:
-    """Export spans by OTLP over HTTP if ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set; call it after the process was spawned."""
+    """Export spans by OTLP over HTTP if ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set; call it after the process was spawned.
+
+    Whoever traces nothing does not pay for the SDK: its imports would be a fifth of the start of every process and command.
+    """
     if environment().otlp_endpoint is None:
         return None
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # an extra
     except ImportError as error:
@@ -56,7 +64,7 @@ def is_sampled(workflow_id: str) -> bool:
 @contextmanager
 def page_span(shard: int, page: Page) -> Iterator[None]:
     """A span around one page, with links to its sampled workflows."""
-    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider | trace.NoOpTracerProvider):
         yield
         return
     tracer = trace.get_tracer("durable_cluster")

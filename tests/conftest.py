@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
@@ -11,17 +10,15 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from databases import Databases, server_in_memory
 from psycopg.conninfo import make_conninfo
 
 from durable_cluster import Settings, schema
-from durable_cluster.embedded import EmbeddedPostgres
 from durable_cluster.shards.messages import ClusterConfig
 from durable_cluster.shards.supervisor import Supervisor
 
 SHARDS = 2
 TEMPLATE = "durable_template"
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +29,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield given
         return
     pg_bin = os.environ.get("DURABLE_PG_BIN")
-    with EmbeddedPostgres(
-        tmp_path_factory.mktemp("pg"), Path(pg_bin) if pg_bin else None, {"fsync": "off", "full_page_writes": "off"}
-    ) as embedded:
-        yield embedded.dsn
+    with server_in_memory(tmp_path_factory.mktemp("pg"), Path(pg_bin) if pg_bin else None) as dsn:
+        yield dsn
 
 
 @pytest.fixture(scope="session")
@@ -52,23 +47,26 @@ def template(server: str) -> Iterator[str]:
         admin.execute(f"drop database if exists {name} with (force)")
 
 
+@pytest.fixture(scope="session")
+def databases(server: str) -> Iterator[Databases]:
+    """What lends each test its databases."""
+    made = Databases(server)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def new_database(server: str) -> Iterator[Callable[[str | None], str]]:
-    """Makes databases (from a template, or empty) and drops them after the test; gives their DSNs."""
-    made: list[str] = []
+def new_database(databases: Databases) -> Iterator[Callable[[str | None], str]]:
+    """Gives the DSNs of databases (of a template, or empty) that are the test's alone."""
+    lent: list[str] = []
 
-    def make(template: str | None = None) -> str:
-        name = f"durable_test_{os.getpid()}_{next(_numbers)}"
-        with psycopg.connect(server, autocommit=True) as admin:
-            # A copy of files, where nothing is flushed, takes a third of the time that a logged copy takes.
-            admin.execute(f"create database {name} template {template or 'template0'} strategy file_copy")
-        made.append(name)
-        return make_conninfo(server, dbname=name)
+    def lend(template: str | None = None) -> str:
+        lent.append(databases.lend(template or "template0"))
+        return databases.dsn(lent[-1])
 
-    yield make
-    with psycopg.connect(server, autocommit=True) as admin:
-        for name in made:
-            admin.execute(f"drop database if exists {name} with (force)")
+    yield lend
+    for name in lent:
+        databases.take_back(name)
 
 
 @pytest.fixture

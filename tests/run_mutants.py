@@ -139,16 +139,14 @@ def server() -> Iterator[None]:
     if os.environ.get("DURABLE_TEST_DSN"):
         yield
         return
-    from durable_cluster.embedded import EmbeddedPostgres
+    from databases import server_in_memory
 
     bin_dir = os.environ.get("DURABLE_PG_BIN")
     with (
         tempfile.TemporaryDirectory(prefix="mutants-pg-") as folder,
-        EmbeddedPostgres(
-            Path(folder), Path(bin_dir) if bin_dir else None, {"fsync": "off", "full_page_writes": "off"}
-        ) as postgres,
+        server_in_memory(Path(folder), Path(bin_dir) if bin_dir else None) as dsn,
     ):
-        os.environ["DURABLE_TEST_DSN"] = postgres.dsn
+        os.environ["DURABLE_TEST_DSN"] = dsn
         yield
 
 

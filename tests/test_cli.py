@@ -1,4 +1,7 @@
-"""The command line against a running cluster: start, run, look, stop. Every command is the real one, in a process of its own."""
+"""The command line against a running cluster: start, run, look, stop. Every command is the real one.
+
+Each is run in a process of its own once at least; what is asked again is asked in this one (``say``), which spares its start.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ import msgspec
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+
+from durable_cluster.ops.cli import main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="clusters run on Linux")
 
@@ -86,6 +91,9 @@ class Ran(msgspec.Struct, frozen=True):
     @property
     def json(self) -> Any:
         return msgspec.json.decode(self.out)
+
+
+Say = Callable[..., Ran]
 
 
 class Cluster:
@@ -167,6 +175,24 @@ def cluster(up_and_cluster: tuple[Any, Cluster]) -> Cluster:
     return up_and_cluster[1]
 
 
+@pytest.fixture
+def say(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """``cluster.ask`` in this process."""
+    monkeypatch.chdir(cluster.home)
+    for name in os.environ:
+        if name.startswith("DURABLE_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("DURABLE_DSN", cluster.dsn)
+
+    def run(*words: str) -> Ran:
+        capsys.readouterr()
+        code = main(words)
+        said = capsys.readouterr()
+        return Ran(code, said.out, said.err)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def ids(up_and_cluster: tuple[Any, Cluster]) -> list[str]:
     """The whole ids of 30 completed workflows and a failed one, which is the last."""
@@ -246,36 +272,36 @@ def test_show_says_where_a_running_workflow_stands(cluster: Cluster, tmp_path: P
 
 
 def test_show_tells_a_failure_with_its_traceback_and_no_power_over_the_terminal(
-    cluster: Cluster, ids: list[str]
+    cluster: Cluster, say: Say, ids: list[str]
 ) -> None:
     shown = cluster.ask("show", ids[-1])
     assert "failed    in step 1 'split': nothing to add up" in shown.out
     assert 'raise TerminalError("nothing to add up' in shown.out
     assert "\x1b" not in shown.out
-    assert cluster.ask("show", ids[-1][:12], "--json").json["failure"]["step"] == "split"
+    assert say("show", ids[-1][:12], "--json").json["failure"]["step"] == "split"
 
 
-def test_show_demands_more_digits_of_an_ambiguous_prefix(cluster: Cluster, ids: list[str]) -> None:
+def test_show_demands_more_digits_of_an_ambiguous_prefix(say: Say, ids: list[str]) -> None:
     firsts = [one[0] for one in ids]
     digit = next(digit for digit in firsts if firsts.count(digit) > 1)
-    shown = cluster.ask("show", digit)
+    shown = say("show", digit)
     assert shown.code == 1
     assert f"workflows begin with {digit} (" in shown.err
     assert "give more digits" in shown.err
 
 
-def test_list_shows_the_newest_first_and_filters(cluster: Cluster, ids: list[str]) -> None:
+def test_list_shows_the_newest_first_and_filters(cluster: Cluster, say: Say, ids: list[str]) -> None:
     listed = cluster.ask("list", "--status", "failed", "--workflow", "add", "--json").json
     assert [one["id"] for one in listed] == [ids[-1][:12]]
-    some = cluster.ask("list", "--limit", "3")
+    some = say("list", "--limit", "3")
     assert len(some.out.splitlines()) == 4
     assert "the newest 3; go on with --after " in some.err
-    rest = cluster.ask("list", "--after", some.err.split()[-1], "--json").json
+    rest = say("list", "--after", some.err.split()[-1], "--json").json
     assert {one["id"] for one in rest}.isdisjoint(line.split()[0] for line in some.out.splitlines()[1:])
-    assert cluster.ask("list", "--workflow", "nobody").out == "no workflows\n"
+    assert say("list", "--workflow", "nobody").out == "no workflows\n"
 
 
-def test_no_command_but_run_prints_a_whole_id(cluster: Cluster, ids: list[str]) -> None:
+def test_no_command_but_run_prints_a_whole_id(say: Say, ids: list[str]) -> None:
     for words in (
         ["list"],
         ["list", "--json"],
@@ -284,17 +310,17 @@ def test_no_command_but_run_prints_a_whole_id(cluster: Cluster, ids: list[str]) 
         ["show", ids[-1], "--json"],
         ["show", "f" * 32],
     ):
-        said = cluster.ask(*words)
+        said = say(*words)
         assert not WHOLE_ID.search(said.out + said.err), (words, said)
 
 
-def test_status_counts_consumers_and_workflows(cluster: Cluster, ids: list[str]) -> None:
+def test_status_counts_consumers_and_workflows(cluster: Cluster, say: Say, ids: list[str]) -> None:
     status = cluster.ask("status", "--json").json
     assert [one["consumers"] for one in status["shards"]] == [1] * SHARDS
     assert {"workflow": "add", "status": "failed", "workflows": 1} in status["workflows"]
     assert cluster.process is not None
     assert status["pid"] == cluster.process.pid
-    text = cluster.ask("status").out
+    text = say("status").out
     assert f"the cluster runs here (pid {cluster.process.pid})" in text
     assert "hunter2" not in text
 
@@ -385,38 +411,40 @@ def test_the_demo_reconciles_exactly_while_its_consumers_are_killed(server: str,
     assert "Postgres was not killed: it is not the demo's own (--dsn)" in demo.err
 
 
-def test_a_signal_from_the_command_line_resumes_and_a_cancel_ends(cluster: Cluster, eventually: Eventually) -> None:
-    asked, doomed = (cluster.run("ask", "--input", "1").out.strip() for _ in range(2))
+def test_a_signal_from_the_command_line_resumes_and_a_cancel_ends(
+    cluster: Cluster, say: Say, eventually: Eventually
+) -> None:
+    asked, doomed = cluster.run("ask", "--input", "1", "--count", "2").out.split()
 
     def waits(one: str) -> bool:
-        return "waiting for a signal" in cluster.ask("show", one[:12]).out
+        return "waiting for a signal" in say("show", one[:12]).out
 
     eventually(lambda: waits(asked) and waits(doomed))
-    assert "2 waiting for a signal" in cluster.ask("status").out
+    assert "2 waiting for a signal" in say("status").out
     sent = cluster.ask("signal", asked, "answer", "--payload", '{"n": 42}', "--actor", "ada")
     assert (sent.code, sent.out) == (0, f"signal 'answer' sent to workflow {asked[:12]}…\n")
-    eventually(lambda: cluster.ask("show", asked[:12], "--json").json["status"] == "completed")
-    assert cluster.ask("show", asked[:12], "--json").json["output"] == [{"n": 42}, "ada"]
-    again = cluster.ask("signal", asked, "answer")
+    eventually(lambda: say("show", asked[:12], "--json").json["status"] == "completed")
+    assert say("show", asked[:12], "--json").json["output"] == [{"n": 42}, "ada"]
+    again = say("signal", asked, "answer")
     assert again.code == 1 and "has ended" in again.err and asked not in again.err
-    assert "the whole id, 32 hex digits" in cluster.ask("signal", asked[:12], "answer").err
+    assert "the whole id, 32 hex digits" in say("signal", asked[:12], "answer").err
 
     assert "is paused; go on with 'durable-cluster resume" in cluster.ask("pause", doomed[:12], "--actor", "ada").out
-    assert "by ada: workflow" in cluster.ask("status").out
-    assert "was paused already" in cluster.ask("pause", doomed[:12]).out
+    assert "by ada: workflow" in say("status").out
+    assert "was paused already" in say("pause", doomed[:12]).out
     assert "goes on; 0 steps had been held" in cluster.ask("resume", doomed[:12]).out
-    assert "no limits; a step or a machine declares one" in cluster.ask("limits", "list").out
+    assert "no limits; a step or a machine declares one" in say("limits", "list").out
     assert "limit 'stripe' is set" in cluster.ask("limits", "set", "stripe", "--concurrency", "3", "--rate", "5/1m").out
-    assert re.search(r"stripe +3 +5/60.0 s +set +0 +0 +0", cluster.ask("limits", "list").out)
-    assert "counts again as the code declares it" in cluster.ask("limits", "reset", "stripe").out
-    assert "give --concurrency N or --rate" in cluster.ask("limits", "set", "stripe").err
+    assert re.search(r"stripe +3 +5/60.0 s +set +0 +0 +0", say("limits", "list").out)
+    assert "counts again as the code declares it" in say("limits", "reset", "stripe").out
+    assert "give --concurrency N or --rate" in say("limits", "set", "stripe").err
     assert "has priority 4 from its next step on" in cluster.ask("priority", doomed[:12], "4").out
-    assert "a weight from 0.1 to 10" in cluster.ask("priority", doomed[:12], "99").err
-    assert "was not paused" in cluster.ask("resume", "--workflow", "ask").out
-    assert "name one thing" in cluster.ask("pause", doomed[:12], "--shard", "1").err
+    assert "a weight from 0.1 to 10" in say("priority", doomed[:12], "99").err
+    assert "was not paused" in say("resume", "--workflow", "ask").out
+    assert "name one thing" in say("pause", doomed[:12], "--shard", "1").err
 
     assert "is asked to end" in cluster.ask("cancel", doomed[:12], "--reason", "the customer left").out
-    eventually(lambda: cluster.ask("show", doomed[:12], "--json").json["status"] == "cancelled")
-    assert "before step 2 'answered': the customer left" in cluster.ask("show", doomed[:12]).out
-    assert "has ended already" in cluster.ask("cancel", doomed[:12]).out
-    assert "no workflow begins with 000000000000" in cluster.ask("cancel", "0" * 12).err
+    eventually(lambda: say("show", doomed[:12], "--json").json["status"] == "cancelled")
+    assert "before step 2 'answered': the customer left" in say("show", doomed[:12]).out
+    assert "has ended already" in say("cancel", doomed[:12]).out
+    assert "no workflow begins with 000000000000" in say("cancel", "0" * 12).err

@@ -27,6 +27,7 @@ from durable_cluster import (
 from durable_cluster.consumer import Consumer
 
 Body = Callable[[Context, int], object]
+CUT_WORKFLOWS = 100
 
 
 class Boom(Exception):
@@ -441,7 +442,7 @@ def test_effects_happen_once_however_often_connections_are_cut(dsn: str, conn: p
     print(f"seed {seed}")
     dice = random.Random(seed)
     machine = machine_with(dsn, lambda ctx, n: None, transactional_steps_max=1, page_window_ms=0)
-    handles = machine.start_many(list(range(200)))
+    handles = machine.start_many(list(range(CUT_WORKFLOWS)))
     is_over = threading.Event()
 
     def work_until_cut(shard: int) -> None:
@@ -466,7 +467,8 @@ def test_effects_happen_once_however_often_connections_are_cut(dsn: str, conn: p
     deadline = time.monotonic() + 60
     try:
         while (
-            conn.execute("select count(*) from durable.finished").fetchone() != (200,) and time.monotonic() < deadline
+            conn.execute("select count(*) from durable.finished").fetchone() != (CUT_WORKFLOWS,)
+            and time.monotonic() < deadline
         ):
             cuts += 1
             conn.execute("select pg_sleep(%s)", (dice.uniform(0, 0.05),))
@@ -474,12 +476,12 @@ def test_effects_happen_once_however_often_connections_are_cut(dsn: str, conn: p
                 "select pg_terminate_backend(pid) from (select pid from pg_stat_activity where datname = current_database()"
                 " and application_name like 'durable-cluster shard %%' order by random() limit 1) one"
             )
-        assert [handle.result(timeout=30) for handle in handles] == list(range(200))
+        assert [handle.result(timeout=30) for handle in handles] == list(range(CUT_WORKFLOWS))
     finally:
         is_over.set()
         for thread in threads:
             thread.join(20)
     assert cuts > 3
-    assert effects(conn) == sorted(list(range(200)) * 2)
+    assert effects(conn) == sorted(list(range(CUT_WORKFLOWS)) * 2)
     log = conn.execute("select count(*), count(distinct (l.id, l.seq)) from durable.shard s, durable.log(s.shard) l")
-    assert log.fetchone() == (400, 400)
+    assert log.fetchone() == (2 * CUT_WORKFLOWS, 2 * CUT_WORKFLOWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ def sources() -> dict[str, Path]:
 SOURCES = sources()
 
 
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    """Its code, to be read only."""
+    return ast.parse(SOURCES[module].read_text("utf-8"))
+
+
 def room_of(module: str) -> str:
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "cluster"
@@ -51,11 +58,11 @@ def statements_at_run_time(node: ast.AST, *, inside_functions: bool) -> Iterator
             yield from statements_at_run_time(child, inside_functions=inside_functions)
 
 
-def imports(module: str, *, inside_functions: bool = True) -> set[str]:
+@functools.cache
+def imports(module: str, *, inside_functions: bool = True) -> frozenset[str]:
     """The product's modules that ``module`` imports."""
-    tree = ast.parse(SOURCES[module].read_text("utf-8"))
     found: set[str] = set()
-    for node in statements_at_run_time(tree, inside_functions=inside_functions):
+    for node in statements_at_run_time(tree_of(module), inside_functions=inside_functions):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -63,32 +70,35 @@ def imports(module: str, *, inside_functions: bool = True) -> set[str]:
             for alias in node.names:
                 deeper = f"{node.module}.{alias.name}"
                 found.add(deeper if deeper in SOURCES else str(node.module))
-    return {name for name in found if name == PACKAGE or name.startswith(f"{PACKAGE}.")} - {module}
+    return frozenset(name for name in found if name == PACKAGE or name.startswith(f"{PACKAGE}.")) - {module}
 
 
-def outside_imports(module: str) -> set[str]:
+@functools.cache
+def outside_imports(module: str) -> frozenset[str]:
     """The top-level names of everything else it imports."""
-    tree = ast.parse(SOURCES[module].read_text("utf-8"))
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module.split(".")[0])
-    return found
+    return frozenset(found)
 
 
 def those_that(matches: re.Pattern[str]) -> set[str]:
     """Modules whose code, without comments and strings, matches."""
-    return {module for module, path in SOURCES.items() if matches.search(ast.unparse(without_strings(path)))}
+    return {module for module in SOURCES if matches.search(code_of(module))}
 
 
-def without_strings(path: Path) -> ast.AST:
+@functools.cache
+def code_of(module: str) -> str:
+    """Its code without comments and strings."""
+
     class Blank(ast.NodeTransformer):
         def visit_Constant(self, node: ast.Constant) -> ast.Constant:
             return ast.Constant("") if isinstance(node.value, str) else node
 
-    return Blank().visit(ast.parse(path.read_text("utf-8")))
+    return ast.unparse(Blank().visit(ast.parse(SOURCES[module].read_text("utf-8"))))
 
 
 def test_the_product_is_found() -> None:
@@ -141,13 +151,12 @@ def test_nobody_inside_the_package_imports_its_facade() -> None:
 def test_one_module_reads_the_environment() -> None:
     """Of the product: the load tests pass their own variables to the workers they start."""
     readers = {name for name in those_that(re.compile(r"\b(environ|getenv)\b")) if room_of(name) != "loadtest"}
-    assert readers - {f"{PACKAGE}.settings"} <= {module for module in SOURCES if passes_the_environment_on(module)}
+    assert [name for name in readers - {f"{PACKAGE}.settings"} if not passes_the_environment_on(name)] == []
 
 
 def passes_the_environment_on(module: str) -> bool:
     """Whether its only uses hand a copy of the whole environment to a child process."""
-    code = ast.unparse(without_strings(SOURCES[module]))
-    uses = re.findall(r".*\b(?:environ|getenv)\b.*", code)
+    uses = re.findall(r".*\b(?:environ|getenv)\b.*", code_of(module))
     return all(re.search(r"env=|\*\*os\.environ|dict\(os\.environ\)|os\.environ\.copy\(\)", use) for use in uses)
 
 
@@ -163,8 +172,8 @@ def test_one_module_maps_sqlstates_to_errors() -> None:
     sqlstate = re.compile(r"^(DC\d{3}|3F000|42P01|42883)$")
     holders = {
         module
-        for module, path in SOURCES.items()
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for module in SOURCES
+        for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and sqlstate.match(node.value)
     }
     assert holders == {f"{PACKAGE}.errors"}
@@ -174,9 +183,9 @@ def test_the_sql_of_the_path_of_a_step_is_called_from_one_module() -> None:
     on_the_path = re.compile(r"durable\.(claim|fence|commit_page|commit_plain_page|page|start|start_many|probe)\(")
     holders = {
         module
-        for module, path in SOURCES.items()
+        for module in SOURCES
         if room_of(module) in ("cluster", "shards")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and on_the_path.search(node.value)
     }
     assert holders == {f"{PACKAGE}.statements"}
@@ -195,8 +204,7 @@ def test_a_module_is_a_room_and_not_a_hall(module: str) -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_module_opens_with_a_sentence(module: str) -> None:
-    text = SOURCES[module].read_text("utf-8")
-    assert not text.strip() or ast.get_docstring(ast.parse(text))
+    assert not SOURCES[module].read_text("utf-8").strip() or ast.get_docstring(tree_of(module))
 
 
 @pytest.mark.parametrize(

@@ -40,15 +40,20 @@ print(consumer.steps, peak_kib // 1024)
 """
 
 
+def table_of(conn: psycopg.Connection, shard: int) -> str:
+    """Where the log of a shard is written to now."""
+    (table,) = conn.execute(
+        "select queue_data_pfx || '_' || queue_cur_table from pgque.queue where queue_name = durable.queue_of(%s)",
+        (shard,),
+    ).fetchone() or ("",)
+    return table
+
+
 def burst(conn: psycopg.Connection, events: int, *, shards: tuple[int, ...] = (0, 1), state: str = "0") -> None:
     """So many single-row events, in one transaction, spread over shards: one window each."""
     for shard in shards:
-        (table,) = conn.execute(
-            "select queue_data_pfx || '_' || queue_cur_table from pgque.queue where queue_name = durable.queue_of(%s)",
-            (shard,),
-        ).fetchone() or ("",)
         conn.execute(
-            f"insert into {table} (ev_type, ev_data, ev_extra1)"
+            f"insert into {table_of(conn, shard)} (ev_type, ev_data, ev_extra1)"
             " select 'steps', durable.line(durable.new_id(), 1, 'burst', 'only', 1, %s), '1' from generate_series(1, %s)",
             (state, events // len(shards)),
         )
@@ -124,7 +129,7 @@ def test_a_single_large_event_is_a_page_of_its_own(conn: psycopg.Connection) -> 
 def test_a_page_deep_inside_a_large_window_reads_about_as_much_as_the_first(conn: psycopg.Connection) -> None:
     """A keyset, not an offset: the buffers a page touches do not grow with its place."""
     burst(conn, 15_000, shards=(0,))
-    conn.execute("vacuum analyze")
+    conn.execute(f"vacuum analyze {table_of(conn, 0)}".encode())
     conn.execute("select durable.join_shard(0, 'm')")
     (text,) = conn.execute("select durable.claim(0, 'm', 1, 100, 1048576)").fetchone() or ("",)
     first = decode_page(text)

@@ -1,0 +1,149 @@
+"""The databases of the tests: each test has one to itself, and what that costs is most of what the tests cost.
+
+A database is a copy of some 700 files, so its server keeps its data in memory where there is room. It is dropped two tests
+later, when its sessions are gone: a server waits 100 ms for one that is only leaving. And one to which nothing was written,
+which is a test of what is refused, is handed on: the server gives a transaction a number before it lets it write, so where
+no number was given, no byte has changed (a sequence takes one for its first value after a checkpoint, and a copy is one).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from durable_cluster.embedded import EmbeddedPostgres
+
+MEMORY = Path("/dev/shm")
+MEMORY_FREE_BYTES_MIN = 2 << 30
+STOP_S_MAX = 30.0
+LEAVING_S_MAX = 0.5
+KEPT = 2
+FAST = {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}
+
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def server_in_memory(otherwise: Path, bin_dir: Path | None) -> Iterator[str]:
+    """The DSN of a server whose data are in memory, or in ``otherwise`` where memory is scarce; gone with this."""
+    home = _in_memory()
+    try:
+        with EmbeddedPostgres(home or otherwise, bin_dir, FAST) as embedded:
+            yield embedded.dsn
+    finally:
+        if home is not None:
+            _await_end(home)
+            shutil.rmtree(home, ignore_errors=True)
+
+
+class Databases:
+    """The databases of one server, by the template of which they are copies."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._admin: psycopg.Connection[Any] | None = None
+        self._made: dict[
+            str, tuple[str, str]
+        ] = {}  # name: its template, and the next transaction's number when it was lent
+        self._unwritten: dict[str, str] = {}  # template: name
+        self._spent: list[str] = []
+
+    def lend(self, template: str) -> str:
+        """The name of a database that is as the template is."""
+        name = self._unwritten.pop(template, None)
+        if name is None:
+            self._drop_spent(KEPT)
+            name = f"durable_test_{os.getpid()}_{next(_numbers)}"
+            # A copy of files, where nothing is flushed, takes a third of the time that a logged copy takes.
+            self._ask(f"create database {name} template {template} strategy file_copy")
+        self._made[name] = template, self._next_transaction()
+        return name
+
+    def take_back(self, name: str) -> None:
+        """A test is done with it: whoever is still connected is sent away."""
+        template, before = self._made.pop(name)
+        is_unwritten = template not in self._unwritten and self._next_transaction() == before
+        self._send_away(name)
+        # Asked again: who was sent away may have written, and is counted once it has left.
+        if is_unwritten and self._is_left(name) and self._next_transaction() == before:
+            self._unwritten[template] = name
+            return
+        self._ask(f"alter database {name} allow_connections false")  # whoever was left behind does not come back
+        self._send_away(name)
+        self._spent.append(name)
+
+    def close(self) -> None:
+        """Drop them all."""
+        self._spent += [*self._made, *self._unwritten.values()]
+        self._drop_spent(0)
+        if self._admin is not None:
+            self._admin.close()
+
+    def dsn(self, name: str) -> str:
+        return make_conninfo(self._server, dbname=name)
+
+    def _send_away(self, name: str) -> None:
+        self._ask(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'")
+
+    def _drop_spent(self, kept: int) -> None:
+        while len(self._spent) > kept:
+            self._ask(f"drop database if exists {self._spent.pop(0)} with (force)")
+
+    def _is_left(self, name: str) -> bool:
+        """Whether its sessions have ended, which takes them milliseconds."""
+        deadline = time.monotonic() + LEAVING_S_MAX
+        while self._ask(f"select count(*) from pg_stat_activity where datname = '{name}'") != "0":
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        return True
+
+    def _next_transaction(self) -> str:
+        return self._ask("select pg_snapshot_xmax(pg_current_snapshot())")
+
+    def _ask(self, statement: str) -> str:
+        """The answer as text. Tests may have cut the session."""
+        try:
+            return self._asked(statement)
+        except psycopg.OperationalError:
+            if self._admin is not None:
+                self._admin.close()
+            self._admin = None
+            return self._asked(statement)
+
+    def _asked(self, statement: str) -> str:
+        if self._admin is None or self._admin.closed:
+            self._admin = psycopg.connect(self._server, autocommit=True, application_name="databases of the tests")
+        cursor = self._admin.execute(statement.encode())
+        row = cursor.fetchone() if cursor.description else None
+        return str(row[0]) if row else ""
+
+
+def _in_memory() -> Path | None:
+    """A new directory in memory, after those of killed runs were removed; None where there is little room."""
+    if not MEMORY.is_dir() or not os.access(MEMORY, os.W_OK):
+        return None
+    for old in MEMORY.glob("durable-test-*"):
+        found = re.match(r"durable-test-(\d+)-", old.name)
+        if found and not Path(f"/proc/{found[1]}").exists() and old.stat().st_uid == os.geteuid():
+            shutil.rmtree(old, ignore_errors=True)
+    if shutil.disk_usage(MEMORY).free < MEMORY_FREE_BYTES_MIN:
+        return None
+    return Path(tempfile.mkdtemp(prefix=f"durable-test-{os.getpid()}-", dir=MEMORY))
+
+
+def _await_end(home: Path) -> None:
+    deadline = time.monotonic() + STOP_S_MAX
+    while (home / "pgdata" / "postmaster.pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
