@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,30 +27,59 @@ if TYPE_CHECKING:
 FAILURES = (Exception, SystemExit)
 
 
-def run_ahead(ctx: Context, execution: Execution) -> Continuation | None:
-    """Let the function go on for as long as it waits for one quick step; what a step that failed leads to, None otherwise."""
-    app = execution.workflow.app
-    until = time.monotonic() + app.settings.run_ahead_ms / 1000
-    while not app.runs_alone and time.monotonic() < until:
-        quick = _quick(execution)
-        if quick is None:
-            return None
-        call = quick.command
-        assert isinstance(call, Call)
-        context = ctx
-        if call.function.takes_context:
-            context = _context(ctx, execution, quick)
-        try:
-            encoded, decoded = call.function.answer_of(call.function.run(context, msgspec.Raw(call.args)))
-        except FAILURES as error:
-            failed = _failed(execution, quick, error, context)
+class FirstAttemptFailed(Exception):
+    """The step has to be waited for."""
+
+
+class Ahead:
+    """The time that one step event gives to steps which run ahead. ``ctx``: that event's."""
+
+    def __init__(self, ctx: Context, until: float) -> None:
+        self._ctx = ctx
+        self._until = until
+        self._failed: tuple[str, BaseException, Context] | None = None
+
+    def may_run(self, execution: Execution, call: Call) -> bool:
+        """Whether this step may run now, in place of being waited for: alone, so that the function entered anew is the same."""
+        return call.options.timeout_s is None and execution.is_single and time.monotonic() < self._until
+
+    def run(self, execution: Execution, key: str, call: Call) -> Any:
+        """What the step returns. Raises FirstAttemptFailed."""
+        encoded, decoded = self._answer(execution, key, call)
+        execution.record_entry(key, memo.completed(key, encoded))
+        return decoded
+
+    def run_on(self, execution: Execution) -> Continuation | None:
+        """Let the function go on for as long as it waits for one quick step; what a step that failed leads to, None otherwise."""
+        while (pending := _quick(execution)) is not None:
+            if self._failed is None or self._failed[0] != pending.key:
+                if time.monotonic() > self._until:
+                    return None
+                with suppress(FirstAttemptFailed):
+                    encoded, decoded = self._answer(execution, pending.key, pending.command)
+                    execution.answer(pending.key, memo.completed(pending.key, encoded), decoded)
+                    continue
+            assert self._failed is not None
+            _, error, context = self._failed
+            failed = _failed(execution, pending, error, context)
             if failed is not None:
                 return failed
+        return None
+
+    def _answer(self, execution: Execution, key: str, call: Any) -> tuple[bytes, Any]:
+        function, context = call.function, self._ctx
+        if function.takes_context:
+            context = _context(self._ctx, execution, key, call)
+        try:
+            encoded, decoded = function.answer_of(function.run(context, msgspec.Raw(call.args)))
+        except FAILURES as error:
+            self._failed = key, error, context
+            raise FirstAttemptFailed from error
         else:
-            execution.answer(quick.key, memo.completed(quick.key, encoded), decoded)
-        if context is not ctx:
-            ctx.notes = noted_too(ctx.notes, context.notes)
-    return None
+            return encoded, decoded
+        finally:
+            if context is not self._ctx:
+                self._ctx.notes = noted_too(self._ctx.notes, context.notes)
 
 
 def _quick(execution: Execution) -> Pending | None:
@@ -62,10 +92,10 @@ def _quick(execution: Execution) -> Pending | None:
     return only if is_quick and not only.future.done() else None
 
 
-def _context(ctx: Context, execution: Execution, pending: Pending) -> Context:
-    step = pending.command.name
-    context = Context(execution.workflow, msgspec.structs.replace(ctx.envelope, step=step, attempt=1, progress=None))
-    context.answers(Asked(execution.carried.run, pending.key, execution.tokens + 1))
+def _context(ctx: Context, execution: Execution, key: str, call: Call) -> Context:
+    envelope = msgspec.structs.replace(ctx.envelope, step=call.name, attempt=1, progress=None)
+    context = Context(execution.workflow, envelope)
+    context.answers(Asked(execution.carried.run, key, execution.tokens + 1))
     return context
 
 

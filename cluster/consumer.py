@@ -39,6 +39,7 @@ POLL_S_MIN = 0.001
 POLL_S_BUSY_MAX = 0.01
 AFTERMATH_POLL_S = 0.25
 TURN_S = 0.25
+LINES_MIN = 16
 
 
 class Consumer:
@@ -61,6 +62,7 @@ class Consumer:
         self._machines = machines
         self._settings = settings
         self._limits = {"lines_max": settings.page_lines_max, "bytes_max": settings.page_bytes_max}
+        self._lines_min = min(LINES_MIN, settings.page_lines_max)
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = self._connected("starting")
         self._is_notified = False
@@ -274,6 +276,7 @@ class Consumer:
             logger.info("shard %d: %s; the page is read again", shard, type(conflict).__name__)
             return None if should_stop() else self._read(batch)
         self.steps += done.steps
+        self._fit_pages(done.steps, len(page.lines))
         self._has_appended[shard] = done.appended > 0
         batches.remove(batch)
         if not done.is_window_finished:
@@ -281,6 +284,14 @@ class Consumer:
         elif not batches:
             del self._open[shard]
         return None if done.is_window_finished or should_stop() else self._read(batch)
+
+    def _fit_pages(self, begun: int, read: int) -> None:
+        """Read about as many lines a page as begin within its time: what is left of it would be read and decoded again."""
+        lines_max = self._limits["lines_max"]
+        if begun < read:
+            self._limits["lines_max"] = max(self._lines_min, min(lines_max, 2 * begun))
+        elif read == lines_max:
+            self._limits["lines_max"] = min(self._settings.page_lines_max, 2 * lines_max)
 
     def _read(self, batch: int, *, lines_max: int | None = None) -> str | None:
         limits = self._limits if lines_max is None else {**self._limits, "lines_max": lines_max}

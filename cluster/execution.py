@@ -23,6 +23,7 @@ from durable_cluster.memo import CANCEL_KEY, Carried, Entry, Failure
 from durable_cluster.notes import Attributes, Notes, checked_attributes, checked_progress
 
 if TYPE_CHECKING:
+    from durable_cluster.ahead import Ahead
     from durable_cluster.linear import Workflow
 
 
@@ -75,6 +76,8 @@ class Execution:
         self.kept_at = 0.0
         self.main: asyncio.Task[Any]
         self.wrong: NonDeterminismError | None = None
+        self.ahead: Ahead | None = None
+        self.is_replaying = True
         self.notes: Notes | None = None
         self._input = bytes(carried.input)
         self._keys: list[str] = []
@@ -95,6 +98,7 @@ class Execution:
         """Begin the function and feed it with what is recorded."""
         recorded = memo.decoded_entries(self.carried.entries) if self.carried.entries != b"[]" else []
         self._unread = _names(recorded)
+        self.is_replaying = bool(recorded)
         self.main = self.loop.create_task(main)
         self.loop.run_ready()
         for entry, encoded in recorded:
@@ -104,6 +108,7 @@ class Execution:
                 self._cancel(msgspec.json.decode(entry.value), encoded)
             else:
                 self._replay(entry, encoded)
+        self.is_replaying = False
 
     def answer(self, key: str, encoded: bytes, value: Any) -> None:
         """An await came to ``value``; ``encoded``: its entry. On to where the function waits again."""
@@ -157,6 +162,11 @@ class Execution:
         return self.main.done()
 
     @property
+    def is_single(self) -> bool:
+        """Whether no other branch runs, nothing else is waited for, and nothing is fed that is recorded."""
+        return not (self.pending or self.children or self.is_replaying) and len(self._branches) == 1
+
+    @property
     def waits(self) -> list[Pending]:
         """What the function waits for, in the order in which it asked."""
         return [one for one in self.pending.values() if not one.future.done()]
@@ -199,20 +209,16 @@ class Execution:
 
     # From the workflow's own lines.
 
-    def begin(self, command: Command) -> asyncio.Future[Any]:
-        """Ask for something. What it comes to, later, is the future's."""
-        if self._is_closed:
-            raise GeneratorExit
-        key = self._key(command.name)
+    def begin(self, command: Command, key: str = "") -> asyncio.Future[Any]:
+        """Ask for something. What it comes to, later, is the future's. ``key``: if it has one already."""
+        key = key or self.key(command.name)
         future = self.loop.create_future()
         self.pending[key] = Pending(key, command, future, self.turn)
         return future
 
     def instant(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns (JSON), recorded: the same whenever this line runs again."""
-        if self._is_closed:
-            raise GeneratorExit
-        key = self._key(name)
+        key = self.key(name)
         if key not in self._instants:
             self._instants[key] = msgspec.Raw(encode(make()))
         return msgspec.json.decode(self._instants[key])
@@ -251,12 +257,6 @@ class Execution:
         """The one whose lines run now."""
         task = asyncio.current_task(self.loop)
         return self._root if task is None else self._branches.get(task, self._root)
-
-    def key(self, name: str) -> str:
-        """Where the function stands now: a position of its own, and this name."""
-        if self._is_closed:
-            raise GeneratorExit
-        return self._key(name)
 
     def recorded(self, key: str) -> msgspec.Raw | None:
         """An instant, if there is one."""
@@ -314,11 +314,19 @@ class Execution:
         if not pending.future.done():
             pending.future.set_exception(error)
 
+    def record_entry(self, key: str, encoded: bytes) -> None:
+        """What an await came to that did not have to wait."""
+        self._record(key, encoded)
+        self.turn += 1
+
     def _record(self, key: str, encoded: bytes) -> None:
         self._keys.append(key)
         self._entries.append(encoded)
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
+        """Where the function stands now: a position of its own, and this name."""
+        if self._is_closed:
+            raise GeneratorExit
         branch = self.branch
         branch.awaits += 1
         position = f"{branch.prefix}{branch.awaits}"

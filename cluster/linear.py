@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -19,7 +20,7 @@ import msgspec
 import psycopg
 
 from durable_cluster import bridge, memo, waits
-from durable_cluster.ahead import run_ahead
+from durable_cluster.ahead import Ahead, FirstAttemptFailed
 from durable_cluster.commands import Call, Command
 from durable_cluster.concurrent import run_several
 from durable_cluster.context import Context
@@ -117,12 +118,12 @@ class Workflow(Machine, Generic[In, R]):
     # Its own steps.
 
     def _start(self, ctx: Context, value: Any) -> Continuation:
-        carried = Carried(ctx.envelope.state)
-        return self.handed_on(ctx, self._entered(ctx.workflow_id, carried, value))
+        return self.handed_on(ctx, self._entered(ctx, Carried(ctx.envelope.state), value, ahead=self._ahead(ctx)))
 
     def _resume(self, ctx: Context, carried: Carried) -> Continuation:
         execution = self.execution(ctx, carried)
         execution.demand_right()
+        execution.ahead = self._ahead(ctx)
         waits.answer(ctx, execution, carried.asked)
         return self.handed_on(ctx, execution)
 
@@ -148,6 +149,7 @@ class Workflow(Machine, Generic[In, R]):
             execution.demand_waiting(key)
         except NonDeterminismError as wrong:
             return Stuck(Goto(RESUME, memo.with_entry(carried, entry)), wrong)
+        execution.ahead = self._ahead(ctx)
         execution.answer(key, entry, decoded)
         return self.handed_on(ctx, execution)
 
@@ -187,15 +189,15 @@ class Workflow(Machine, Generic[In, R]):
             value = self.first.decoder.decode(carried.input)  # type: ignore[union-attr]
         except msgspec.DecodeError as error:
             raise HandlerError(f"the input does not fit workflow '{self.name}' any more: {error}") from error
-        return self._entered(ctx.workflow_id, carried, value)
+        return self._entered(ctx, carried, value)
 
     def handed_on(self, ctx: Context, execution: Execution) -> Continuation:
         """What the function waits for now, or its end."""
-        if self.steps[ctx.step].is_inline:
-            failed = run_ahead(ctx, execution)
-            if failed is not None:
-                execution.close()
-                return failed
+        ahead, execution.ahead = execution.ahead, None
+        failed = None if ahead is None else ahead.run_on(execution)
+        if failed is not None:
+            execution.close()
+            return failed
         if execution.notes is not None:
             ctx.notes, execution.notes = noted_too(ctx.notes, execution.notes), None
         if execution.is_done:
@@ -274,9 +276,17 @@ class Workflow(Machine, Generic[In, R]):
         execution.close()
         return stuck
 
-    def _entered(self, workflow_id: str, carried: Carried, value: Any) -> Execution:
-        execution = Execution(self, workflow_id, carried)
+    def _ahead(self, ctx: Context) -> Ahead | None:
+        """Quick steps may run ahead in a page, and not where it has to be found out which step ends its process."""
+        run_ahead_ms = self.app.settings.run_ahead_ms
+        if not run_ahead_ms or self.app.runs_alone or not self.steps[ctx.step].is_inline:
+            return None
+        return Ahead(ctx, time.monotonic() + run_ahead_ms / 1000)
+
+    def _entered(self, ctx: Context, carried: Carried, value: Any, *, ahead: Ahead | None = None) -> Execution:
+        execution = Execution(self, ctx.workflow_id, carried)
         execution.thread_id = threading.get_ident()
+        execution.ahead = ahead
         execution.enter(self._main(execution, value))
         return execution
 
@@ -351,6 +361,12 @@ class _Steps(dict[str, Step]):
 
 
 async def _awaited(execution: Execution, command: Command) -> Any:
+    if execution.ahead is not None and type(command) is Call and command.function.is_quick:
+        key = execution.key(command.name)
+        if execution.ahead.may_run(execution, command):
+            with suppress(FirstAttemptFailed):
+                return execution.ahead.run(execution, key, command)
+        return await execution.begin(command, key)
     return await execution.begin(command)
 
 

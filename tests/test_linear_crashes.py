@@ -21,7 +21,7 @@ SEEDS = int(os.environ.get("DURABLE_CRASH_SEEDS", "150"))
 WIDTH = 20
 
 
-class Died(BaseException):
+class Died(KeyboardInterrupt):
     """The process, at this line."""
 
 

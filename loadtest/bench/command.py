@@ -31,6 +31,8 @@ CALLED = {
     "ours_status": "D: with a status row",
     "ours_waiting": "a wait on every step",
     "ours_joining": "a join on every step",
+    "ours_linear": "an ordinary function, quick steps",
+    "ours_linear_async": "an ordinary function, async steps",
     "ours_1_shard": "one shard, one process",
     "ours_2_shards": "two shards, two processes",
     "ours_8_shards": "eight shards, eight processes",

@@ -20,6 +20,7 @@ OURS = "ours"
 PEERS = ("dbos", "absurd", "procrastinate", "pgqueuer", "skip_locked")
 WITH_A_ROW_MORE = ("ours_dedup", "ours_status")
 COORDINATING = ("ours_waiting", "ours_joining")
+LINEAR = ("ours_linear", "ours_linear_async")
 CHAINS_BESIDE_A_SNAPSHOT = (OURS, "skip_locked", "dbos", "absurd")
 VARIANTS = ("status_row_set", "status_row_pipelined", OURS, *WITH_A_ROW_MORE)
 WORKLOADS = ("W1", "W2", "W4", "W5", "W6", "W7", "W8")
@@ -30,6 +31,8 @@ MODULES = MappingProxyType(
         "ours_status": "ours:OursWithStatus",
         "ours_waiting": "ours:OursWaiting",
         "ours_joining": "ours:OursJoining",
+        "ours_linear": "ours:OursLinear",
+        "ours_linear_async": "ours:OursLinearAsync",
         "ours_1_shard": "ours:OursOnOneShard",
         "ours_2_shards": "ours:OursOnTwoShards",
         "ours_8_shards": "ours:OursOnEightShards",
@@ -135,7 +138,7 @@ def _loads(scale: Scale, systems: Sequence[str]) -> Iterable[Job]:
         for name in systems:
             yield _load(name, scale, "", seconds=scale.seconds, round_=round_)
     if OURS in systems:
-        for name in COORDINATING:
+        for name in (*COORDINATING, *LINEAR):
             yield _load(name, scale, "", seconds=scale.seconds)
     for name in systems:
         if scale.has_matrix or name not in WITH_A_ROW_MORE:
@@ -155,6 +158,9 @@ def _episodes(scale: Scale, systems: Sequence[str]) -> Iterable[Job]:
                 run=lambda server, results: run(system(name), server, results, **options),
             )
 
+        if name == OURS:
+            for linear in LINEAR:
+                yield job("W2", episodes.lone, name=linear, seconds=scale.seconds)
         yield job("W8", episodes.starts, seconds=scale.starts_s)
         yield job("W2", episodes.lone, seconds=scale.seconds)
         if name in (CHAINS_BESIDE_A_SNAPSHOT if scale.has_matrix else (OURS, "skip_locked")):

@@ -85,6 +85,34 @@ def joined(ctx: Context, flow: Flow) -> Continuation:
     return ctx.done()
 
 
+@app.step
+def quick(flow: Flow) -> Flow | None:
+    """Any of the steps of a linear flow."""
+    return work.step(flow)
+
+
+@app.step
+async def awaited(flow: Flow) -> Flow | None:
+    """The same, committed before the next begins."""
+    return await work.step_beside(flow)
+
+
+@app.workflow
+async def linear(flow: Flow) -> None:
+    """Ten quick steps."""
+    after: Flow | None = flow
+    while after is not None:
+        after = await quick(after)
+
+
+@app.workflow
+async def strict(flow: Flow) -> None:
+    """Ten steps, a commit each."""
+    after: Flow | None = flow
+    while after is not None:
+        after = await awaited(after)
+
+
 class Ours(System):
     """The product."""
 
@@ -209,6 +237,26 @@ class OursJoining(Ours):
 
     def _machine(self, flows: Sequence[Flow]) -> Machine:
         return joining_machine
+
+
+class OursLinear(Ours):
+    """The same steps in an ordinary function."""
+
+    name = "ours_linear"
+    configuration = "The product; an ordinary function that awaits ten `def` steps, which run ahead."
+
+    def _machine(self, flows: Sequence[Flow]) -> Machine:
+        return linear
+
+
+class OursLinearAsync(Ours):
+    """The same, each step on record before the next begins."""
+
+    name = "ours_linear_async"
+    configuration = "The product; an ordinary function that awaits ten `async def` steps, a commit each."
+
+    def _machine(self, flows: Sequence[Flow]) -> Machine:
+        return strict
 
 
 class OursOnOneShard(Ours):
