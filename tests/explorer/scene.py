@@ -152,6 +152,7 @@ class Scene:
         self.flows: list[Flow] = []
         self.actors: list[Actor] = []
         self.may_repeat = False
+        self.demands: list[Callable[[], None]] = []
         self.ids: set[str] = set()
         self._since = str(lab.control.execute("select pg_snapshot_xmax(pg_current_snapshot())").fetchone()[0])  # type: ignore[index]
 
@@ -181,13 +182,17 @@ class Scene:
             self.lab.settler.work()
         return flow
 
+    def found(self, handle: Handle) -> Flow:
+        """A workflow that somebody else has started."""
+        self.flows.append(Flow(lambda: handle))
+        return self.flows[-1]
+
     def family(self, do: str, children: int, **options: Any) -> tuple[Flow, list[Flow]]:
         """A workflow that has spawned so many children, all of which wait for a signal, and they."""
         parent = self.standing(do, child="wait", children=children, **options)
         self.lab.settler.work()
         for child in parent.handle.children():
-            handle = Handle(self.lab.app.client, "flow", child.id)
-            self.flows.append(Flow(lambda handle=handle: handle))  # type: ignore[misc]
+            self.found(Handle(self.lab.app.client, "flow", child.id))
         return parent, self.flows[-children:]
 
     def answer(self, flow: Flow) -> None:
@@ -297,6 +302,15 @@ class Scene:
 
         self.actor(act)
 
+    def limit_sweep(self, *, is_mortal: bool = False) -> None:
+        """An actor that deletes what is counted for keys that nobody uses, and commits a statement later."""
+
+        def act(connection: ActorConnection) -> None:
+            with connection.transaction():
+                upkeep.sweep_limits(connection)
+
+        self.actor(act, is_mortal=is_mortal)
+
     # How it ends.
 
     def demand_no_errors(self) -> None:
@@ -307,6 +321,8 @@ class Scene:
 
     def demand_invariants(self) -> None:
         """Raises AssertionError."""
+        for demand in self.demands:
+            demand()
         for flow in self.flows:
             broken = self._find(flow, is_settled=False).broken(may_repeat=self.may_repeat)
             assert broken is None, broken
