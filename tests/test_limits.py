@@ -305,7 +305,9 @@ def test_maintenance_forgets_keys_that_nobody_uses_and_only_those(
     app.run(until_idle=True)
     assert {handle.status() for handle in finished} == {"completed"}
     maintenance.run_once(conn)
-    assert set(used(conn)) == {("alive", "h"), ("rated", "")}, "those that hold a permit, wait for one, or have used up a rate"
+    assert set(used(conn)) == {("alive", "h"), ("rated", "")}, (
+        "those that hold a permit, wait for one, or have used up a rate"
+    )
     for handle in holding:
         handle.cancel()
     clock(3600)

@@ -48,7 +48,7 @@ class Lab:
         control.execute(FUNCTION)
         control.execute("update durable.slot set shard = 0")
         control.execute("update pgque.queue set queue_rotation_period = '0'")
-        control.execute("select set_config('synchronous_commit', 'off', false)")
+        control.execute("select set_config('synchronous_commit', 'off', false), set_config('jit', 'off', false)")
         self.app.secret = side_statements.secret(control)
         self._monitor = connect(dsn, name="explorer monitor")
         self._workers: list[Worker] = []
@@ -323,8 +323,8 @@ class Scene:
         """Raises AssertionError."""
         for demand in self.demands:
             demand()
-        for flow in self.flows:
-            broken = self._find(flow, is_settled=False).broken(may_repeat=self.may_repeat)
+        for found in self._find(is_settled=False):
+            broken = found.broken(may_repeat=self.may_repeat)
             assert broken is None, broken
 
     def takes_time(self) -> bool:
@@ -336,10 +336,9 @@ class Scene:
     def demand_outcomes(self) -> None:
         """Raises AssertionError."""
         assert len(self.ids) <= 1, f"one key gave {len(self.ids)} workflows"
-        for flow in self.flows:
-            found = self._find(flow, is_settled=True)
+        for flow, found in zip(self.flows, self._find(is_settled=True), strict=True):
             broken = found.broken(may_repeat=self.may_repeat) or found.at_the_end(flow.outcomes, is_paid=flow.is_paid)
             assert broken is None, broken
 
-    def _find(self, flow: Flow, *, is_settled: bool) -> Finding:
-        return audit(self.lab.control, flow.handle.id, self._since, is_settled=is_settled)
+    def _find(self, *, is_settled: bool) -> list[Finding]:
+        return audit(self.lab.control, [flow.handle.id for flow in self.flows], self._since, is_settled=is_settled)

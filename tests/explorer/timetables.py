@@ -85,7 +85,9 @@ class Timetable:
     def _demand(self) -> None:
         """Raises AssertionError."""
         self.fire()
-        edition, next_due, fired, skipped, queued = self._row(self._control, "edition, next_due, fired, skipped, queued")
+        edition, next_due, fired, skipped, queued = self._row(
+            self._control, "edition, next_due, fired, skipped, queued"
+        )
         rows = self._control.execute(
             "select durable.hex(id), split_part(key, '@', 2)::timestamptz from durable.started"
             " where key like %s order by key",

@@ -198,8 +198,8 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def each_has_one_live_continuation(self) -> None:
-        for workflow_id in self._known:
-            broken = audit(self.lab.control, workflow_id, self._since).broken(may_repeat=True)
+        for found in audit(self.lab.control, [*self._known], self._since):
+            broken = found.broken(may_repeat=True)
             assert broken is None, broken
 
     def teardown(self) -> None:
