@@ -19,7 +19,11 @@ GROWTH_MB_MAX = 100.0
 
 
 def fanout(dsn: str, *, children: int, shards: int) -> list[Figure]:
-    """Spawn ``children`` in waves of 1,024, gather them, and read all their outputs."""
+    """Spawn ``children`` in waves of 1,024, gather them, read their outputs. Raises StageError for fewer than a wave a part."""
+    if children < PARTS * CHILDREN_MAX:
+        raise stage.StageError(
+            f"{children:,} children are too few to compare their waves; give {PARTS * CHILDREN_MAX:,}"
+        )
     with (
         stage.running_cluster(dsn, processes=shards, shards=shards, app=survival_flows.__name__ + ":app") as cluster,
         connect(dsn, name="durable-loadtest") as connection,
