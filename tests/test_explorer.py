@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
-from explorer import flows, races, timetables
+from explorer import flows, permits, races, timetables
 from explorer.register import ALL_RACES, RACES
 from explorer.scene import Broken, Lab
 from explorer.scheduler import following
@@ -22,7 +22,7 @@ from durable_cluster import handoff
 SEED = int(os.environ.get("DURABLE_TEST_SEED", "0")) or random.randrange(10**6)
 SCHEDULES = int(os.environ.get("DURABLE_EXPLORE_SCHEDULES", "30"))
 FULL_SIZE = 1_000
-MODULES = (races, timetables)
+MODULES = (races, permits, timetables)
 """What is imported is registered."""
 WORD = os.environ.get("DURABLE_EXPLORE_WORD", "")
 

@@ -264,19 +264,6 @@ def cancel_of_one_that_waits_for_a_permit(scene: Scene) -> None:
     scene.consumer(takes_over=True)
 
 
-@race()
-def permit_of_a_key_that_is_swept(scene: Scene) -> None:
-    """Its count is there from an earlier use, and is deleted while somebody takes one."""
-    scene.may_repeat = True
-    used = scene.start("permit")
-    used.ends_as("permitted")
-    scene.lab.settle()
-    scene.start("permit").ends_as("permitted")
-    scene.lab.settler.work()
-    scene.page(is_mortal=True)
-    scene.limit_sweep(is_mortal=True)
-
-
 # --- redelivery
 
 

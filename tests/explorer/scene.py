@@ -310,6 +310,16 @@ class Scene:
                 upkeep.sweep_limits(connection)
 
         self.actor(act, is_mortal=is_mortal)
+        self.demands.append(self._demand_counts)
+
+    def _demand_counts(self) -> None:
+        """Who holds a permit or waits for one is counted. Raises AssertionError."""
+        wrong = self.lab.control.execute(
+            "select n.name, n.key, u.used from (select name, key from durable.permit union select name, key from durable.queued"
+            " union select name, key from durable.limit_use) n left join durable.limit_use u using (name, key)"
+            " where u.used is distinct from (select count(*) from durable.permit p where p.name = n.name and p.key = n.key)"
+        ).fetchall()
+        assert not wrong, f"counts of limits are wrong: {wrong}"
 
     # How it ends.
 
