@@ -30,6 +30,7 @@ def spawn(tx: Connection, spawning: Sequence[Spawning | Joining]) -> None:
         [child.step for child in children],
         [child.input for child in children],
         [f"{child.delay_s * 1000:.3f}" for child in children],
+        [child.attributes for child in children],
         ["1" if one.keeps_group else "" for one in spawning],
     )
     call_with_columns(tx, "spawn", columns)

@@ -49,10 +49,10 @@ def connect(
         raise ConnectionFailed(f"cannot connect to {server_name(dsn)}: {_first_line(error)}") from error
 
 
-def connect_client(dsn: str, *, name: str) -> psycopg.Connection[Any]:
-    """As ``connect``, for programs and commands: the audit is told on whose behalf they act, if ``DURABLE_ACTOR`` says it."""
+def connect_client(dsn: str, *, name: str, actor: str | None = None) -> psycopg.Connection[Any]:
+    """As ``connect``, for programs and commands: the audit is told on whose behalf they act, ``actor`` or ``DURABLE_ACTOR``."""
     connection = connect(dsn, name=name)
-    actor = environment().actor
+    actor = actor or environment().actor
     if actor is not None:
         connection.execute("select set_config('durable.actor', %s, false)", (actor,))
     return connection

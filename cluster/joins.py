@@ -16,13 +16,14 @@ RESULTS_AT_ONCE = 1_000
 
 
 class Child(msgspec.Struct, frozen=True, gc=False):
-    """A workflow to be started by a step: made by ``machine.child(input)``. ``input``: JSON, checked."""
+    """A workflow to be started by a step: made by ``machine.child(input)``. ``input``, ``attributes``: JSON; ``""``: none."""
 
     workflow: str
     version: int
     step: str
     input: str
     delay_s: float
+    attributes: str = ""
 
     def __repr__(self) -> str:
         return f"<Child {self.workflow}>"

@@ -94,12 +94,14 @@ class Workflow(Machine, Generic[In, R]):
         """The one that was started with ``key``. Raises UnknownWorkflow."""
         return WorkflowHandle(self.app.client, self.name, super().get(key=key).id, self.returned)
 
-    def spawn(self, value: In | None = None, *, after: Duration | None = None) -> ChildHandle[R]:
+    def spawn(
+        self, value: In | None = None, *, after: Duration | None = None, attributes: Attributes | None = None
+    ) -> ChildHandle[R]:
         """In a workflow's lines: start a child of this kind with the next checkpoint; ``await`` the handle for what it returns.
 
         Raises InputError.
         """
-        return spawned(self.child(value, after=after), self.returned)
+        return spawned(self.child(value, after=after, attributes=attributes), self.returned)
 
     def step_name(self, step: str | Callable[..., Any]) -> str:
         """The name of one of its steps. Raises AppError for any other."""

@@ -223,21 +223,23 @@ class Machine:
         )
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]
 
-    def child(self, value: Any, *, after: Duration | None = None) -> Child:
+    def child(self, value: Any, *, after: Duration | None = None, attributes: Attributes | None = None) -> Child:
         """A workflow of this kind for a step to spawn: ``ctx.gather([ship.child(line) for line in lines], then=…, state=…)``.
 
-        Its first step runs at once, or ``after`` a while. Raises InputError.
+        Its first step runs at once, or ``after`` a while. ``attributes``: as for ``start``. Raises InputError.
         """
-        first = self._first()
         delay_s = 0.0 if after is None else seconds(after, what="after")
-        return Child(self.name, self.version, first.name, self._payload(first, value), delay_s)
+        found_by = "" if attributes is None else encoded_attributes(attributes)
+        return Child(self.name, self.version, *self.opening(value), delay_s, found_by)
 
-    def spawn(self, value: Any = None, *, after: Duration | None = None) -> ChildHandle[Any]:
+    def spawn(
+        self, value: Any = None, *, after: Duration | None = None, attributes: Attributes | None = None
+    ) -> ChildHandle[Any]:
         """In the lines of a linear workflow: start a child of this kind with the next checkpoint.
 
         ``await`` the handle for its output. Raises InputError.
         """
-        return spawned(self.child(value, after=after), ANY)
+        return spawned(self.child(value, after=after, attributes=attributes), ANY)
 
     def pause(self, *, actor: str | None = None) -> bool:
         """From now on no workflow of this kind begins a step, until ``resume``; new ones may be started. Whether that is new."""

@@ -5,6 +5,7 @@ Each measurement runs the product on a database of its own; its figures stand be
     sleepers   a million workflows asleep for 30 to 365 days: what that costs while nothing is due
     due        beside those, 10,000 that are due in one moment: how late the last of them runs
     crowd      a start, a signal, a cancel beside a million sleepers and 100,000 that wait for a signal, and 100,000 due at once
+    fanout     one workflow with 100,000 children, spawned in waves of 1,024: how fast, and what memory a process takes for it
     page       999 quick lines in one page with a step of 30 s: until the last of them is done, from the commit of their start
     beside     chains on a process that has 1,000 calls of 10 s in flight, against the same chains alone, by turns
     recovery   consumers killed (SIGKILL) with a window and detached steps in hand: until others go on with both
@@ -23,10 +24,10 @@ from collections.abc import Sequence
 import msgspec
 
 from durable_cluster.errors import DurableError
-from durable_cluster.loadtest import alongside, crowd, recovery, sleepers, stage, survival_flows
+from durable_cluster.loadtest import alongside, crowd, fanout, recovery, sleepers, stage, survival_flows
 from durable_cluster.loadtest.figures import Figure, say
 
-NAMES = ("sleepers", "due", "crowd", "page", "beside", "recovery", "host")
+NAMES = ("sleepers", "due", "crowd", "fanout", "page", "beside", "recovery", "host")
 
 
 def measured(options: argparse.Namespace, dsn: str, name: str) -> list[Figure]:
@@ -50,13 +51,19 @@ def measured(options: argparse.Namespace, dsn: str, name: str) -> list[Figure]:
             idle_s=options.idle,
             due=options.crowd_due,
         )
-    if name == "page":
-        return alongside.page(dsn, lines=options.lines, slow_s=options.slow, rounds=options.pages)
-    if name == "beside":
-        return alongside.beside(dsn, naps=options.naps, rounds=options.rounds, seconds=options.seconds)
+    if name == "fanout":
+        return fanout.fanout(dsn, children=options.children, shards=options.fan_shards)
+    if name in {"page", "beside"}:
+        return _measured_alongside(options, dsn, name)
     if name == "recovery":
         return recovery.recovery(dsn, kills=options.kills)
     return recovery.host(dsn, deaths=options.deaths, dead_interval_s=options.dead_interval)
+
+
+def _measured_alongside(options: argparse.Namespace, dsn: str, name: str) -> list[Figure]:
+    if name == "page":
+        return alongside.page(dsn, lines=options.lines, slow_s=options.slow, rounds=options.pages)
+    return alongside.beside(dsn, naps=options.naps, rounds=options.rounds, seconds=options.seconds)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +82,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("due", 10_000, "workflows due at once"),
         ("waiting", 100_000, "workflows that wait for a signal, in the crowd"),
         ("crowd-due", 100_000, "workflows due at once beside the crowd"),
+        ("children", 100_000, "children of one workflow"),
+        ("fan-shards", 2, "shards that they run on"),
         ("lines", 1_000, "lines of the page with a slow step"),
         ("slow", 30.0, "seconds that the slow step takes"),
         ("pages", 5, "such pages of each kind"),

@@ -12,6 +12,7 @@ import time
 import msgspec
 
 from durable_cluster import App, Context, Continuation, Retry
+from durable_cluster.joins import CHILDREN_MAX
 from durable_cluster.loadtest.workloads import Count, next_count
 
 NAP_S = 10.0
@@ -39,6 +40,7 @@ sleeper = app.machine("sleeper", state=int)
 napper = app.machine("napper", state=int)
 waiter = app.machine("waiter", state=int)
 quick = app.machine("quick", state=int)
+fan = app.machine("fan", state=dict)
 awaited = app.machine("awaited", state=float)
 threaded = app.machine("threaded", state=float)
 nap = app.machine("nap", state=Nap)
@@ -70,6 +72,21 @@ def go_on(ctx: Context, number: int) -> Continuation:
 @quick.step(start=True)
 def at_once(ctx: Context, number: int) -> Continuation:
     return ctx.done(number)
+
+
+@fan.step(start=True)
+def spread(ctx: Context, state: dict[str, int]) -> Continuation:
+    first = state["all"] - state["left"]
+    children = [quick.child(number) for number in range(first, min(state["all"], first + CHILDREN_MAX))]
+    state["left"] -= len(children)
+    if state["left"]:
+        return ctx.spawn(children, then=spread, state=state)
+    return ctx.gather(children, then=total, state=state)
+
+
+@fan.step()
+def total(ctx: Context, state: dict[str, int]) -> Continuation:
+    return ctx.done(sum(child.output for child in ctx.results))
 
 
 @awaited.step(start=True)

@@ -16,6 +16,7 @@ from durable_cluster.settings import SHARDS_MAX
 
 COUNT_MAX = 10_000_000
 CONSUMERS_MAX = 16
+ACTOR_MAX = 255
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ABOUT = "Durable, crash-proof workflows on the Postgres you already run."
 OVERLAP = "while a run lives the next one is left out (skip), waits (queue) or starts (allow)"
@@ -315,6 +316,7 @@ def _add_which_letters(to: Parser) -> None:
     to.add_argument("--all", action="store_true", help="all that match, after a look at them")
     _add_letter_filter(to)
     to.add_argument("--yes", action="store_true", help="do not ask")
+    to.add_argument("--actor", type=_actor, metavar="WHO", help="who does it, for the audit")
 
 
 def _add_letter_filter(to: Parser) -> None:
@@ -347,6 +349,12 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
     return seconds
+
+
+def _actor(text: str) -> str:
+    if not 1 <= len(text) <= ACTOR_MAX or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"1 to {ACTOR_MAX} characters, none of them a control character")
+    return text
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:

@@ -187,16 +187,18 @@ def _dead_letters_retry(terminal: Terminal, target: Target, options: argparse.Na
     which = _which_letters(options)
     dead_letters.checked_choice(options.id, options.all, which, state=options.state, app_address=options.app)
     if options.all:
-        return dead_letters.retry_all(terminal, target, which=which, is_agreed=options.yes)
-    return dead_letters.retry(terminal, target, prefix=options.id, state=options.state, app_address=options.app)
+        return dead_letters.retry_all(terminal, target, which=which, is_agreed=options.yes, actor=options.actor)
+    return dead_letters.retry(
+        terminal, target, prefix=options.id, state=options.state, app_address=options.app, actor=options.actor
+    )
 
 
 def _dead_letters_purge(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
     which = _which_letters(options)
     dead_letters.checked_choice(options.id, options.all, which)
     if options.all:
-        return dead_letters.purge_all(terminal, target, which=which, is_agreed=options.yes)
-    return dead_letters.purge(terminal, target, prefix=options.id)
+        return dead_letters.purge_all(terminal, target, which=which, is_agreed=options.yes, actor=options.actor)
+    return dead_letters.purge(terminal, target, prefix=options.id, actor=options.actor)
 
 
 def _which_letters(options: argparse.Namespace) -> Filter:

@@ -90,12 +90,14 @@ def show(terminal: Terminal, target: Target, *, prefix: str) -> int:
     return 0
 
 
-def retry(terminal: Terminal, target: Target, *, prefix: str, state: str | None, app_address: str | None) -> int:
+def retry(
+    terminal: Terminal, target: Target, *, prefix: str, state: str | None, app_address: str | None, actor: str | None
+) -> int:
     """Take one stuck workflow up again, with its state or an edited one; ``app_address``: whose step the state has to fit."""
     digits = checked_prefix(prefix)
     value = None if state is None else parsed(state, option="--state")
     app = None if app_address is None else load_app(app_address)
-    with target.opened(app=app) as database, _connected(database) as connection:
+    with target.opened(app=app) as database, _connected(database, actor) as connection:
         workflow_id, letter = _known(connection, digits)
         if state is None:
             side_statements.retry_dead_letter(connection, workflow_id)
@@ -108,10 +110,10 @@ def retry(terminal: Terminal, target: Target, *, prefix: str, state: str | None,
     return 0
 
 
-def purge(terminal: Terminal, target: Target, *, prefix: str) -> int:
+def purge(terminal: Terminal, target: Target, *, prefix: str, actor: str | None) -> int:
     """End one stuck workflow as failed."""
     digits = checked_prefix(prefix)
-    with target.opened() as database, _connected(database) as connection:
+    with target.opened() as database, _connected(database, actor) as connection:
         workflow_id, letter = _known(connection, digits)
         letters.purge(connection, workflow_id)
     short = short_id(workflow_id)
@@ -119,14 +121,14 @@ def purge(terminal: Terminal, target: Target, *, prefix: str) -> int:
     return 0
 
 
-def retry_all(terminal: Terminal, target: Target, *, which: Filter, is_agreed: bool) -> int:
+def retry_all(terminal: Terminal, target: Target, *, which: Filter, is_agreed: bool, actor: str | None) -> int:
     """Take all up again that match."""
-    return _all(terminal, target, RETRY, which, is_agreed)
+    return _all(terminal, target, RETRY, which, is_agreed, actor=actor)
 
 
-def purge_all(terminal: Terminal, target: Target, *, which: Filter, is_agreed: bool) -> int:
+def purge_all(terminal: Terminal, target: Target, *, which: Filter, is_agreed: bool, actor: str | None) -> int:
     """End all that match."""
-    return _all(terminal, target, PURGE, which, is_agreed)
+    return _all(terminal, target, PURGE, which, is_agreed, actor=actor)
 
 
 def checked_choice(
@@ -144,8 +146,8 @@ def checked_choice(
 
 
 @contextmanager
-def _connected(database: Database) -> Iterator[Connection]:
-    with database.connect("dead-letters") as connection:
+def _connected(database: Database, actor: str | None = None) -> Iterator[Connection]:
+    with database.connect("dead-letters", actor=actor) as connection:
         schema.demand_installed(connection)
         yield connection
 
@@ -173,9 +175,11 @@ def _payload(app: App | None, letter: WholeLetter, value: Any) -> str:
     return app.encoded_state(letter.workflow, letter.step, value)
 
 
-def _all(terminal: Terminal, target: Target, action: Action, which: Filter, is_agreed: bool) -> int:
+def _all(
+    terminal: Terminal, target: Target, action: Action, which: Filter, is_agreed: bool, *, actor: str | None
+) -> int:
     """Show what it would be, ask, and do it, some at a time. What comes meanwhile is not meant."""
-    with target.opened() as database, _connected(database) as connection:
+    with target.opened() as database, _connected(database, actor) as connection:
         count, newest = letters.total(connection, which)
         if newest is None:
             terminal.answer(Done(done=0), ["no dead letters"])

@@ -30,9 +30,9 @@ class Database(msgspec.Struct, frozen=True, kw_only=True):
     is_local: bool
     bin_dir: Path | None
 
-    def connect(self, purpose: str) -> psycopg.Connection[Any]:
-        """An autocommit connection that does not wait for locks for ever."""
-        connection = connect_client(self.dsn, name=f"durable-cluster {purpose}")
+    def connect(self, purpose: str, *, actor: str | None = None) -> psycopg.Connection[Any]:
+        """An autocommit connection that does not wait for locks for ever. ``actor``: on whose behalf, for the audit."""
+        connection = connect_client(self.dsn, name=f"durable-cluster {purpose}", actor=actor)
         connection.execute("select set_config('lock_timeout', %s, false)", (str(LOCK_TIMEOUT_MS),))
         return connection
 

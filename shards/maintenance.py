@@ -31,6 +31,7 @@ def duties(settings: Settings) -> list[tuple[str, Callable[[Connection], bool], 
         ("timers", upkeep.needs_timer_rotation, upkeep.rotate_timers),
         ("members", upkeep.has_dead_members, upkeep.sweep_members),
         ("cancels", upkeep.has_ended_cancels, upkeep.sweep_cancels),
+        ("limits", upkeep.has_unused_limits, upkeep.sweep_limits),
         (
             "audit",
             partial(upkeep.needs_audit_upkeep, days=settings.audit_days),

@@ -66,6 +66,16 @@ def sweep_cancels(connection: Connection) -> int:
     return _count(connection, "select durable.sweep_cancels()")
 
 
+def has_unused_limits(connection: Connection) -> bool:
+    """Whether counts are kept of a limit's keys that nobody uses."""
+    return _is_true(connection, "select durable.has_unused_limits()")
+
+
+def sweep_limits(connection: Connection) -> int:
+    """Delete them; how many went."""
+    return _count(connection, "select durable.sweep_limits()")
+
+
 def needs_expiry(connection: Connection, *, days: int) -> bool:
     """Whether anything has been finished for more than so many days."""
     return _is_true(connection, "select durable.needs_expiry(%s::int)", days)

@@ -102,6 +102,34 @@ def test_many_starts_have_attributes_of_their_own_or_the_same(app: App, conn: Co
         conn.execute("select durable.start_many('w', 1, 's', E'1\n2\n3', i_attributes => E'{}\n{}')")
 
 
+def test_children_have_the_attributes_that_they_are_spawned_with(app: App) -> None:
+    plain, parent = app.workflow("plain"), app.machine("parent", state=int)
+
+    @parent.step(start=True)
+    def spawn(ctx: Context, n: int) -> Continuation:
+        children = [plain.child([], attributes={"n": n, "gone": None}), plain.child([]), plain.child([], attributes={})]
+        return ctx.gather(
+            [*children, plain.child([{"said": 1}], after="0s", attributes={"n": "last"})], then=end, state=n
+        )
+
+    @parent.step()
+    def end(ctx: Context, n: int) -> Continuation:
+        return ctx.done(n)
+
+    handle, alone = parent.start(7), parent.start(8)
+    app.run(until_idle=True)
+    for of, n in ((handle, 7), (alone, 8)):
+        found = [plain_handle(app, child.id).attributes() for child in of.children()]
+        assert found == [{"n": n}, {}, {}, {"n": "last", "said": 1}]
+    assert len(app.list("plain", attributes={"n": 7})) == 1
+    with pytest.raises(InputError, match="attributes are a mapping"):
+        plain.child([], attributes=[("n", 1)])  # type: ignore[arg-type]
+
+
+def plain_handle(app: App, workflow_id: str) -> Handle:
+    return Handle(app.client, "plain", workflow_id)
+
+
 def test_a_start_with_a_known_key_changes_nothing(app: App) -> None:
     machine = app.named("plain")
     first = machine.start([], key="k", attributes={"n": 1})

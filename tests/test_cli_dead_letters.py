@@ -221,6 +221,22 @@ def test_many_are_shown_first_and_need_a_yes(say: Say, conn: psycopg.Connection,
     assert say(act, "--all", "--workflow", "order", "--yes").out == "no dead letters\n"
 
 
+@pytest.mark.parametrize("act", ["retry", "purge"])
+def test_the_audit_says_who_did_it(
+    say: Say, conn: psycopg.Connection, act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DURABLE_ACTOR", "the night shift")
+    conn.execute("select durable.set_audit(true)")
+    one, other, *_ = bury(conn, 4)
+    assert say(act, one[:12], "--actor", "ada").code == 0
+    assert say(act, other[:12]).code == 0
+    assert say(act, "--all", "--yes", "--actor", "bob").code == 0
+    rows = conn.execute("select actor from durable.audit_list(i_what => %s) order by actor", (act,)).fetchall()
+    assert rows == [("ada",), ("bob",), ("bob",), ("the night shift",)]
+    for wrong in ("", "a\nb", "x" * 256):
+        assert "1 to 255 characters" in say(act, "--all", "--yes", "--actor", wrong).err
+
+
 def test_more_than_one_transaction_takes_are_all_done(say: Say, conn: psycopg.Connection) -> None:
     ids = bury(conn, 450)
     assert say("retry", "--all", "--yes").out == "450 workflows taken up again\n"

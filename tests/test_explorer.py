@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
-from explorer import flows
-from explorer.races import ALL_RACES, RACES
+from explorer import flows, permits, races, timetables
+from explorer.register import ALL_RACES, RACES
 from explorer.scene import Broken, Lab
 from explorer.scheduler import following
 from explorer.search import explore
@@ -22,6 +22,8 @@ from durable_cluster import handoff
 SEED = int(os.environ.get("DURABLE_TEST_SEED", "0")) or random.randrange(10**6)
 SCHEDULES = int(os.environ.get("DURABLE_EXPLORE_SCHEDULES", "30"))
 FULL_SIZE = 1_000
+MODULES = (races, permits, timetables)
+"""What is imported is registered."""
 WORD = os.environ.get("DURABLE_EXPLORE_WORD", "")
 
 

@@ -28,6 +28,7 @@ from durable_cluster import (
 from durable_cluster.consumer import Consumer
 from durable_cluster.envelope import Envelope
 from durable_cluster.limits import OF_STEP, Queued, parsed_rate
+from durable_cluster.shards import maintenance, upkeep
 
 Connection = psycopg.Connection[Any]
 
@@ -293,6 +294,54 @@ def test_two_pages_that_take_the_last_permit_at_once_share_it_fairly(
     with psycopg.connect(dsn) as session:
         coordination.give_back(session, [lines[0].envelope])
     assert (used(conn)["only", ""], queued(conn)) == (1, 0)
+
+
+def test_maintenance_forgets_keys_that_nobody_uses_and_only_those(
+    app: App, conn: Connection, clock: Callable[[float], None]
+) -> None:
+    finished = [app.workflow("flow").start(f"{key}{n}") for key in "abc" for n in range(4)]
+    holding = [app.workflow("alive").start("h") for _ in range(3)]
+    rated = [app.workflow("flow").start(f"{n}rated") for n in range(12)]
+    app.run(until_idle=True)
+    assert {handle.status() for handle in finished} == {"completed"}
+    maintenance.run_once(conn)
+    assert set(used(conn)) == {("alive", "h"), ("rated", "")}, (
+        "those that hold a permit, wait for one, or have used up a rate"
+    )
+    for handle in holding:
+        handle.cancel()
+    clock(3600)
+    app.run(until_idle=True)
+    assert {handle.status() for handle in rated} == {"completed"}
+    maintenance.run_once(conn)
+    assert set(used(conn)) == {("rated", "")}, "two of the last hour's are not paid for yet"
+    clock(2 * 3600)
+    assert conn.execute("select forgotten from durable.maintain()").fetchone() == (1,)
+    assert used(conn) == {}
+    assert not upkeep.has_unused_limits(conn)
+    again = app.workflow("flow").start("a")
+    app.run(until_idle=True)
+    assert again.status() == "completed"
+
+
+def test_who_takes_a_permit_while_its_count_is_deleted_gets_one(
+    app: App, conn: Connection, dsn: str, eventually: Callable[..., None]
+) -> None:
+    app.workflow("flow").start("a")
+    app.run(until_idle=True)
+    handle = app.workflow("flow").start("a")
+    step = Envelope(handle.id, 2, "flow", "end", 1, msgspec.Raw(b'"a"'), permit=OF_STEP)
+    limit = Limit("slow", concurrency=3)
+    with psycopg.connect(dsn) as sweeping, psycopg.connect(dsn) as taking, ThreadPoolExecutor(1) as pool:
+        assert upkeep.sweep_limits(sweeping) == 1
+        taken = pool.submit(coordination.take_permits, taking, [Queued(step, limit, "a", 2)])
+        eventually(lambda: conn.execute("select pg_blocking_pids(%s)", (taking.info.backend_pid,)).fetchone() != ([],))
+        sweeping.commit()
+        taken.result(10)
+        assert upkeep.sweep_limits(sweeping) == 0, "its new count is locked, and not waited for"
+        taking.commit()
+    assert (used(conn), queued(conn)) == ({("slow", "a"): 1}, 0)
+    assert not upkeep.has_unused_limits(conn)
 
 
 def test_what_is_no_limit_is_told(app: App, conn: Connection) -> None:

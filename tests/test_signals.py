@@ -175,6 +175,21 @@ def test_a_token_may_answer_before_its_wait_begins_and_a_signal_without_it_does_
     assert handle.result(timeout=5) == [["answer", "who was asked", None]]
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_of_signals_with_one_token_that_are_on_their_way_together_one_counts(
+    app: App, conn: Connection, is_early: bool
+) -> None:
+    handle = (started if is_early else waiting)(app, require_token=True, times=2)
+    token = one(conn, "select durable.token_of(%s, 1, (select secret from durable.secret))", handle.id)
+    handle.signal("answer", "a click", token=token)
+    handle.signal("answer", "another click", token=token)
+    app.run(until_idle=True)
+    assert left_behind(conn) == (1, 0), "the second wait, which demands no token, is not for the other click"
+    handle.signal("answer", "by anybody")
+    app.run(until_idle=True)
+    assert handle.result(timeout=5) == [["answer", "a click", None], ["answer", "by anybody", None]]
+
+
 def test_all_attempts_of_a_step_have_one_token(dsn: str, clock: Callable[[float], None]) -> None:
     app = App("again", dsn=dsn)
     machine = app.machine("again", state=int)

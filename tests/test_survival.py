@@ -27,6 +27,7 @@ TINY = {
         "--due-after",
         "0.5",
     ],
+    "fanout": ["fanout", "--children", "4096"],
     "page": ["page", "--lines", "20", "--slow", "0.3", "--pages", "1"],
     "beside": ["beside", "--naps", "10", "--rounds", "1", "--seconds", "0.1"],
     "recovery": ["recovery", "--kills", "2"],
@@ -34,6 +35,7 @@ TINY = {
 }
 FIGURES = {
     "sleepers": {"sleepers": 5, "due": 3},
+    "fanout": {"fanout": 5},
     "page": {"page": 4},
     "beside": {"beside": 6},
     "recovery": {"recovery": 4},
@@ -69,4 +71,4 @@ def test_a_measurement_that_does_not_exist_is_refused(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as refusal:
         survival.main(["slepers"])
     assert refusal.value.code == 2
-    assert "sleepers, due, crowd, page" in capsys.readouterr().err
+    assert "sleepers, due, crowd, fanout, page" in capsys.readouterr().err

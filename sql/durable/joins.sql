@@ -15,12 +15,13 @@ $$;
 -- durable.spawn(…): children of the steps of one page, in its transaction.
 --   i_parents, i_seqs, i_counts, i_cleanups, i_keeps  a line each parent: id, number of its step, how many children, what marks a
 --                    cleanup; not empty: all that it ever spawned are one group
---   i_workflows, i_versions, i_steps, i_inputs, i_delays_ms  a line each child, parent after parent
+--   i_workflows, i_versions, i_steps, i_inputs, i_delays_ms, i_attributes  a line each child, parent after parent; no attributes: nothing
 -- Children have their parent's priority. A parent that is cancelled spawns nothing: who cancelled it has looked for its children
 -- already. Its next step meets the cancel.
--- Locks: the parents' stripes, then their groups, sorted. Tables: fanout (a row a parent), started (a row a child), timers, the logs.
+-- Locks: the parents' stripes, then their groups, sorted. Tables: fanout (a row a parent), started (a row a child), attribute (a row
+-- a child that has any), timers, the logs.
 create or replace function durable.spawn(i_parents text, i_seqs text, i_counts text, i_cleanups text, i_workflows text, i_versions text,
-    i_steps text, i_inputs text, i_delays_ms text, i_keeps text default '') returns void
+    i_steps text, i_inputs text, i_delays_ms text, i_attributes text default '', i_keeps text default '') returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -62,18 +63,21 @@ begin
     with children as materialized (
         select durable.new_id(v_now) as id, p.id as parent, g.seq as parent_seq,
             g.total - count(*) over (partition by p.id) + row_number() over (partition by p.id order by c.o) - 1 as number,
-            c.workflow, c.version, c.step, c.input, c.delay_ms
+            c.workflow, c.version, c.step, c.input, c.delay_ms, c.attributes
         from (select q.id, q.n, sum(q.n) over (order by q.o) - q.n as first
               from unnest(v_ids, v_counts) with ordinality q(id, n, o)) p
         join unnest(v_groups) g on g.id = p.id
         cross join lateral generate_series(p.first + 1, p.first + p.n) place
-        join (select q.workflow, q.version::int, q.step, q.input, q.delay_ms::float8, q.o
+        join (select q.workflow, q.version::int, q.step, q.input, q.delay_ms::float8, nullif(q.attributes, '')::jsonb as attributes, q.o
               from rows from (string_to_table(i_workflows, E'\n'), string_to_table(i_versions, E'\n'), string_to_table(i_steps, E'\n'),
-                  string_to_table(i_inputs, E'\n'), string_to_table(i_delays_ms, E'\n')) with ordinality
-                  q(workflow, version, step, input, delay_ms, o)) c on c.o = place
+                  string_to_table(i_inputs, E'\n'), string_to_table(i_delays_ms, E'\n'), string_to_table(i_attributes, E'\n'))
+                  with ordinality q(workflow, version, step, input, delay_ms, attributes, o)) c on c.o = place
     ), begun as (
         insert into durable.started (id, day, workflow, version, input, at, parent, parent_seq, number)
         select c.id, durable.day_of(c.id), c.workflow, c.version, c.input, v_now, c.parent, c.parent_seq, c.number from children c
+    ), found_by as (
+        insert into durable.attribute (id, attributes)
+        select c.id, jsonb_strip_nulls(c.attributes) from children c where jsonb_strip_nulls(c.attributes) <> '{}'
     ), lines as (
         select c.id, durable.line(c.id, 1, c.workflow, c.step, c.version, c.input) as line, c.delay_ms from children c
     )
@@ -83,8 +87,9 @@ begin
     into v_at_once_ids, v_at_once_lines, v_later_ids, v_later_lines, v_later_ms
     from lines l;
     insert into durable.priority (id, weight)
-    select s.id, p.weight from durable.priority p join durable.started s on s.parent = p.id and s.day = v_today
-    where p.id = any (v_ids) and s.id = any (v_at_once_ids || v_later_ids);
+    select s.id, p.weight from unnest(v_at_once_ids || v_later_ids) i join durable.started s on s.id = i and s.day = v_today
+    join durable.priority p on p.id = s.parent
+    where exists (select from durable.priority q where q.id = any (v_ids));
     if (select c.audit from durable.cluster c) then
         perform durable.record('spawn', array_agg(s.id), null,
             array_agg(jsonb_build_object('workflow', s.workflow, 'parent', durable.short(s.parent))))

@@ -22,17 +22,65 @@ language sql immutable
 as $$ select case when i_text = '' then array[''] else string_to_array(i_text, E'\n') end $$;
 
 -- durable.lock_uses(names, keys): their counts until the transaction ends, in one order; made where there are none.
+-- Hazard: a count that this waited for may have been swept meanwhile; who held no lock would wait in durable.queued for ever. So it is
+-- made again until all are there.
 create or replace function durable.lock_uses(i_names text[], i_keys text[]) returns void
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
+declare
+    v_wanted int := (select count(*) from (select distinct q.name, q.key from unnest(i_names, i_keys) q(name, key)) d);
 begin
-    insert into durable.limit_use (name, key)
-    select distinct q.name, q.key from unnest(i_names, i_keys) q(name, key)
-    where not exists (select from durable.limit_use u where u.name = q.name and u.key = q.key) order by 1, 2
-    on conflict do nothing;
-    perform from (select from durable.limit_use u where (u.name, u.key) in (select * from unnest(i_names, i_keys))
-                  order by u.name, u.key for update) u;
+    loop
+        insert into durable.limit_use (name, key)
+        select distinct q.name, q.key from unnest(i_names, i_keys) q(name, key)
+        where not exists (select from durable.limit_use u where u.name = q.name and u.key = q.key) order by 1, 2
+        on conflict do nothing;
+        exit when v_wanted = (
+            select count(*) from (select from durable.limit_use u where (u.name, u.key) in (select * from unnest(i_names, i_keys))
+                                  order by u.name, u.key for update) u);
+    end loop;
+end
+$$;
+
+-- durable.is_unused(use): nobody holds a permit, nobody waits for one, and the rate lets as many pass as ever: without its row a key is
+-- the same. While a timer is to let the next pass, the row stays: it says that there is one.
+create or replace function durable.is_unused(i_use durable.limit_use) returns boolean
+language sql stable
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select (i_use).used = 0 and (i_use).pump_at is null and (i_use).paid_until <= durable.timer_now()
+        and not exists (select from durable.queued q where q.name = (i_use).name and q.key = (i_use).key)
+$$;
+
+-- durable.has_unused_limits(): whether counts are kept of keys that nobody uses. Reads only.
+create or replace function durable.has_unused_limits() returns boolean
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select exists (select from durable.limit_use u where durable.is_unused(u))
+$$;
+
+-- durable.sweep_limits(max): deletes so many of those counts. How many went.
+-- Locks: the counts, skipped when held. Hazard: who waits for a permit is looked for in a later statement than the lock was taken in; an
+-- older snapshot would not see one who came in between, and whose count would be gone.
+create or replace function durable.sweep_limits(i_max int default 10000) returns int
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_names text[];
+    v_keys text[];
+    v_gone int;
+begin
+    perform durable.demand_read_committed();
+    select array_agg(l.name), array_agg(l.key) into v_names, v_keys
+    from (select u.name, u.key from durable.limit_use u where durable.is_unused(u)
+          order by u.name, u.key limit i_max for update skip locked) l;
+    delete from durable.limit_use u using unnest(v_names, v_keys) l(name, key)
+    where u.name = l.name and u.key = l.key and durable.is_unused(u);
+    get diagnostics v_gone = row_count;
+    return v_gone;
 end
 $$;
 

@@ -179,7 +179,8 @@ $$;
 -- late. Beside a cluster it does no harm: what is being done already is left alone. Nothing to do: nothing is written.
 --   i_retention_days  let history go that is older than so many days, a day a call; null, the default: none
 -- Result: timers fired (at most 20,000 a call); runs of schedules that waited and were started; logs rotated; timers_carried by a
--- rotation of the timers; partitions made; names and cancels of what is gone forgotten; days dropped; whether work waits for a
+-- rotation of the timers; partitions made; names, cancels and counts of limits of
+-- what is gone forgotten; days dropped; whether work waits for a
 -- cluster; schedules whose due time has come, which only a cluster can fire. Errors: DC004, DC002.
 -- Hazards: the second half of a rotation demands a transaction without an id, so it comes first. A rotation ticks idle logs, and
 -- nothing may be appended after a tick's snapshot; so a call that fires does not rotate.
@@ -199,7 +200,8 @@ begin
         timers_carried := case when durable.needs_timer_rotation() then greatest(durable.rotate_timers(), 0) else 0 end;
     end if;
     forgotten := case when exists (select from durable.dead_members()) then durable.sweep_members() else 0 end
-        + case when durable.has_ended_cancels() then durable.sweep_cancels() else 0 end;
+        + case when durable.has_ended_cancels() then durable.sweep_cancels() else 0 end
+        + case when durable.has_unused_limits() then durable.sweep_limits() else 0 end;
     select l.partitions, l.days_dropped into maintain.partitions, maintain.days_dropped from durable.maintain_days(i_retention_days) l;
     schedules_due := (select o.schedules from durable.overdue() o);
     has_work := exists (select from durable.detached)

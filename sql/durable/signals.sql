@@ -63,6 +63,16 @@ begin
 end
 $$;
 
+-- durable.use_token(id, seq): a token that has worked works no more: other signals that brought it leave the mailbox, or no wait that
+-- demands none would be safe from them. Under the workflow's stripe.
+create or replace function durable.use_token(i_id uuid, i_seq int) returns void
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    insert into durable.used_token (id, seq) values (i_id, i_seq) on conflict do nothing;
+    delete from durable.mailbox m where m.id = i_id and m.token_seq = i_seq;
+$$;
+
 -- durable.send_signal(id, name, payload, key, token, actor): sends a signal, in the caller's transaction, at any isolation level.
 --   i_payload  JSON; i_key: of signals with one key the first counts; i_token: of the wait, if that demands one; i_actor: who sends it
 -- Result: null, or why it was refused: an id that is unknown or has ended, a token that is wrong or was used, in one way and at one
@@ -123,7 +133,8 @@ language sql immutable
 as $$ select left(i_line, -1) || ',"e":' || i_event || '}' $$;
 
 -- durable.deliver(ids, names, events, keys, tokens): signals of one page, in its transaction: each resumes the wait for it or goes to the
--- mailbox. One of each a line; no key, no token: nothing. How many were dropped: their workflow has ended, or its mailbox is full.
+-- mailbox. One of each a line; no key, no token: nothing. How many were dropped: their workflow has ended, their
+-- token was used meanwhile, or the mailbox is full.
 -- Tables: wait (a row deleted), mailbox (a row inserted), signal_key, used_token, the shards' logs, audit.
 create or replace function durable.deliver(i_ids text, i_names text, i_events text, i_keys text, i_tokens text) returns int
 language plpgsql security definer
@@ -149,6 +160,11 @@ begin
             v_dropped := v_dropped + 1;
             continue;
         end if;
+        -- Two with one token may have been sent before either came here.
+        if exists (select from durable.used_token u where u.id = v_signal.id and u.seq = v_signal.token_seq) then
+            v_dropped := v_dropped + 1;
+            continue;
+        end if;
         if v_signal.key is not null then
             insert into durable.signal_key (id, key) values (v_signal.id, v_signal.key) on conflict do nothing;
             continue when not found;
@@ -161,7 +177,7 @@ begin
             v_lines := v_lines || durable.with_event(coalesce(v_wait.signal_line, v_wait.line), v_signal.event);
             v_names := v_names || jsonb_build_object('signal', v_signal.name);
             if v_wait.token_seq is not null then
-                insert into durable.used_token (id, seq) values (v_signal.id, v_wait.token_seq) on conflict do nothing;
+                perform durable.use_token(v_signal.id, v_wait.token_seq);
             end if;
         elsif (select count(*) from (select from durable.mailbox m where m.id = v_signal.id limit v_max) m) < v_max then
             insert into durable.mailbox (id, name, event, token_seq)
@@ -227,7 +243,7 @@ begin
             v_resumed := v_resumed || v_new.id;
             v_resumed_by := v_resumed_by || jsonb_build_object('signal', v_mail.name);
             if v_new.token_seq is not null then
-                insert into durable.used_token (id, seq) values (v_new.id, v_new.token_seq) on conflict do nothing;
+                perform durable.use_token(v_new.id, v_new.token_seq);
             end if;
             continue;
         end if;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -95,8 +96,12 @@ class Finding(msgspec.Struct, frozen=True):
         return None
 
 
-def audit(connection: psycopg.Connection[Any], flow_id: str, since: str, *, is_settled: bool = False) -> Finding:
-    """Ask for one workflow. ``is_settled``: everything in the log is done, which spares the search."""
-    row = connection.execute("select * from audit(%s, %s::xid8, %s)", (flow_id, since, is_settled)).fetchone()
-    assert row is not None
-    return Finding(*row)
+def audit(
+    connection: psycopg.Connection[Any], ids: Sequence[str], since: str, *, is_settled: bool = False
+) -> list[Finding]:
+    """Ask for these workflows, in their order. ``is_settled``: everything in the log is done, which spares the search."""
+    rows = connection.execute(
+        "select a.* from unnest(%s::uuid[]) with ordinality i(id, place), audit(i.id, %s::xid8, %s) a order by i.place",
+        (list(ids), since, is_settled),
+    )
+    return [Finding(*row) for row in rows]

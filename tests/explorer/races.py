@@ -1,47 +1,18 @@
 """The races. Each is a function that sets a scene: what stands there, who acts, and what it may come to.
 
-To add one, write such a function under ``@race()``. ``rotations``: the race is also played with an actor that rotates these;
-at full size each race is, with either.
+To add one, write such a function under ``@race()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from durable_cluster import coordination
 from explorer.flows import SHORT_S, TIMEOUT_S
-from explorer.scene import Race, Scene
-
-RACES: dict[str, Race] = {}
-ALL_RACES: dict[str, Race] = {}
-"""``RACES``, and each beside a rotation of the log and of the timers."""
+from explorer.register import race
+from explorer.scene import Scene
 
 RESUMED = "got 1"
 BOTH = ("got 1 2", "got 2 1")
 CANCELLED = "cancelled"
-
-
-def race(*rotations: str) -> Callable[[Race], Race]:
-    """Register a race, and once more for each rotation that it is run beside."""
-
-    def register(function: Race) -> Race:
-        RACES[function.__name__] = ALL_RACES[function.__name__] = function
-        for of in ("log", "timers"):
-            name = f"{function.__name__}_beside_a_rotation_of_{of}"
-            ALL_RACES[name] = _beside_a_rotation(function, of)
-            if of in rotations:
-                RACES[name] = ALL_RACES[name]
-        return function
-
-    return register
-
-
-def _beside_a_rotation(function: Race, of: str) -> Race:
-    def set_scene(scene: Scene) -> None:
-        function(scene)
-        scene.rotation(of)
-
-    return set_scene
 
 
 # --- signals

@@ -48,7 +48,7 @@ class Lab:
         control.execute(FUNCTION)
         control.execute("update durable.slot set shard = 0")
         control.execute("update pgque.queue set queue_rotation_period = '0'")
-        control.execute("select set_config('synchronous_commit', 'off', false)")
+        control.execute("select set_config('synchronous_commit', 'off', false), set_config('jit', 'off', false)")
         self.app.secret = side_statements.secret(control)
         self._monitor = connect(dsn, name="explorer monitor")
         self._workers: list[Worker] = []
@@ -152,6 +152,7 @@ class Scene:
         self.flows: list[Flow] = []
         self.actors: list[Actor] = []
         self.may_repeat = False
+        self.demands: list[Callable[[], None]] = []
         self.ids: set[str] = set()
         self._since = str(lab.control.execute("select pg_snapshot_xmax(pg_current_snapshot())").fetchone()[0])  # type: ignore[index]
 
@@ -181,13 +182,17 @@ class Scene:
             self.lab.settler.work()
         return flow
 
+    def found(self, handle: Handle) -> Flow:
+        """A workflow that somebody else has started."""
+        self.flows.append(Flow(lambda: handle))
+        return self.flows[-1]
+
     def family(self, do: str, children: int, **options: Any) -> tuple[Flow, list[Flow]]:
         """A workflow that has spawned so many children, all of which wait for a signal, and they."""
         parent = self.standing(do, child="wait", children=children, **options)
         self.lab.settler.work()
         for child in parent.handle.children():
-            handle = Handle(self.lab.app.client, "flow", child.id)
-            self.flows.append(Flow(lambda handle=handle: handle))  # type: ignore[misc]
+            self.found(Handle(self.lab.app.client, "flow", child.id))
         return parent, self.flows[-children:]
 
     def answer(self, flow: Flow) -> None:
@@ -297,6 +302,25 @@ class Scene:
 
         self.actor(act)
 
+    def limit_sweep(self, *, is_mortal: bool = False) -> None:
+        """An actor that deletes what is counted for keys that nobody uses, and commits a statement later."""
+
+        def act(connection: ActorConnection) -> None:
+            with connection.transaction():
+                upkeep.sweep_limits(connection)
+
+        self.actor(act, is_mortal=is_mortal)
+        self.demands.append(self._demand_counts)
+
+    def _demand_counts(self) -> None:
+        """Who holds a permit or waits for one is counted. Raises AssertionError."""
+        wrong = self.lab.control.execute(
+            "select n.name, n.key, u.used from (select name, key from durable.permit union select name, key from durable.queued"
+            " union select name, key from durable.limit_use) n left join durable.limit_use u using (name, key)"
+            " where u.used is distinct from (select count(*) from durable.permit p where p.name = n.name and p.key = n.key)"
+        ).fetchall()
+        assert not wrong, f"counts of limits are wrong: {wrong}"
+
     # How it ends.
 
     def demand_no_errors(self) -> None:
@@ -307,8 +331,10 @@ class Scene:
 
     def demand_invariants(self) -> None:
         """Raises AssertionError."""
-        for flow in self.flows:
-            broken = self._find(flow, is_settled=False).broken(may_repeat=self.may_repeat)
+        for demand in self.demands:
+            demand()
+        for found in self._find(is_settled=False):
+            broken = found.broken(may_repeat=self.may_repeat)
             assert broken is None, broken
 
     def takes_time(self) -> bool:
@@ -320,10 +346,9 @@ class Scene:
     def demand_outcomes(self) -> None:
         """Raises AssertionError."""
         assert len(self.ids) <= 1, f"one key gave {len(self.ids)} workflows"
-        for flow in self.flows:
-            found = self._find(flow, is_settled=True)
+        for flow, found in zip(self.flows, self._find(is_settled=True), strict=True):
             broken = found.broken(may_repeat=self.may_repeat) or found.at_the_end(flow.outcomes, is_paid=flow.is_paid)
             assert broken is None, broken
 
-    def _find(self, flow: Flow, *, is_settled: bool) -> Finding:
-        return audit(self.lab.control, flow.handle.id, self._since, is_settled=is_settled)
+    def _find(self, *, is_settled: bool) -> list[Finding]:
+        return audit(self.lab.control, [flow.handle.id for flow in self.flows], self._since, is_settled=is_settled)

@@ -42,6 +42,7 @@ class Known(msgspec.Struct):
 
     handle: Handle
     reference: Reference
+    tokens: list[str]
 
 
 class Model(RuleBasedStateMachine):
@@ -76,7 +77,7 @@ class Model(RuleBasedStateMachine):
         assert key is None or all(known.reference.key != key for known in self._known.values()), (
             "one key, two workflows"
         )
-        self._known[handle.id] = Known(handle, Reference(script, key=key))
+        self._known[handle.id] = Known(handle, Reference(script, key=key), [])
         return handle.id
 
     @rule(of=workflows, key=KEYS)
@@ -85,7 +86,14 @@ class Model(RuleBasedStateMachine):
 
     @rule(of=workflows)
     def answer(self, of: str) -> None:
-        self._send(self._known[of], key=None, token=self._token(of))
+        known = self._known[of]
+        self._send(known, key=None, token=self._token(known))
+
+    @rule(of=workflows)
+    def answer_again(self, of: str) -> None:
+        """With a token that has been sent before."""
+        for token in self._known[of].tokens[-1:]:
+            self._send(self._known[of], key=None, token=token)
 
     @rule(of=workflows)
     def cancel(self, of: str) -> None:
@@ -190,8 +198,8 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def each_has_one_live_continuation(self) -> None:
-        for workflow_id in self._known:
-            broken = audit(self.lab.control, workflow_id, self._since).broken(may_repeat=True)
+        for found in audit(self.lab.control, [*self._known], self._since):
+            broken = found.broken(may_repeat=True)
             assert broken is None, broken
 
     def teardown(self) -> None:
@@ -212,10 +220,13 @@ class Model(RuleBasedStateMachine):
             self._demand_as_told(known)
 
     def _help(self, known: Known) -> None:
-        """Give a workflow what it waits for."""
+        """Give a workflow what it waits for; what it does not, tokens that were used, is refused by now."""
+        used = set(known.tokens) - {self._token(known)}
+        for token in used:
+            assert not self._send(known, key=None, token=token), "a token that was used works again"
         place = self._one("select place from durable.locate(%s) where step is not null", known.handle.id)
         if place == "waiting":
-            self._send(known, key=None, token=self._token(known.handle.id))
+            self._send(known, key=None, token=self._token(known))
         elif place == "stuck":
             self._retry(known)
 
@@ -242,13 +253,15 @@ class Model(RuleBasedStateMachine):
         for known in self._known.values():
             known.reference.is_ordered = False
 
-    def _send(self, known: Known, *, key: str | None, token: str | None) -> None:
+    def _send(self, known: Known, *, key: str | None, token: str | None) -> bool:
+        """Whether the signal was taken."""
         payload = next(self._payloads)
         try:
             known.handle.signal("answer", payload, key=key, token=token, tx=self.lab.control)
         except UnknownWorkflow:
-            return
-        known.reference.signal(payload, key=key, has_token=token is not None)
+            return False
+        known.reference.signal(payload, key=key, token=token)
+        return True
 
     def _retry(self, known: Known) -> None:
         line = self._one("select line from durable.dead_letter where id = %s", known.handle.id)
@@ -257,12 +270,15 @@ class Model(RuleBasedStateMachine):
         except UnknownWorkflow:
             assert line is None, "a dead letter cannot be retried"
 
-    def _token(self, workflow_id: str) -> str | None:
-        return self._one(
+    def _token(self, known: Known) -> str | None:
+        """What its wait demands, if it demands one."""
+        token: str | None = self._one(
             "select durable.token_of(w.id, w.token_seq, durable.secret()) from durable.wait w"
             " where w.id = %s and w.token_seq is not null",
-            workflow_id,
+            known.handle.id,
         )
+        known.tokens += [token] * (token is not None)
+        return token
 
     def _one(self, query: str, *arguments: object) -> Any:
         row = self.lab.control.execute(query.encode(), arguments or None).fetchone()

@@ -19,14 +19,14 @@ class Reference:
     def __init__(self, script: Sequence[str], *, key: str | None = None) -> None:
         self.script = tuple(script)
         self.key = key
-        self.sent: list[tuple[int, str | None, bool]] = []
+        self.sent: list[tuple[int, str | None, str | None]] = []
         self.is_cancelled = False
         self.is_ordered = True
         self.passed_s = 0.0
 
-    def signal(self, payload: int, *, key: str | None, has_token: bool) -> None:
-        """A signal that was taken. Payloads differ; of those with one key one counts."""
-        self.sent.append((payload, key, has_token))
+    def signal(self, payload: int, *, key: str | None, token: str | None) -> None:
+        """A signal that was taken. Payloads differ; of those with one key one counts, and of those with one token."""
+        self.sent.append((payload, key, token))
 
     def wrong(self, status: str, trace: list[Any], effects: Sequence[str]) -> str | None:
         """What is wrong with how it ended, if anything is."""
@@ -52,7 +52,7 @@ class Reference:
         return None
 
     def _wrong_signals(self, done: Sequence[str], trace: list[Any]) -> str | None:
-        known = {payload: (key, has_token) for payload, key, has_token in self.sent}
+        known = {payload: (key, token) for payload, key, token in self.sent}
         taken = [
             (operation, what)
             for operation, what in zip(done, trace, strict=True)
@@ -62,8 +62,10 @@ class Reference:
         if strange := [payload for payload in payloads if payload not in known]:
             return f"it took signals that nobody sent: {strange}"
         keys = [known[payload][0] for payload in payloads if known[payload][0] is not None]
-        if len(set(payloads)) < len(payloads) or len(set(keys)) < len(keys):
-            return f"it took a signal twice: {payloads}, keys {keys}"
+        tokens = [known[payload][1] for payload in payloads if known[payload][1] is not None]
+        for what in (payloads, keys, tokens):
+            if len(set(what)) < len(what):
+                return f"it took a signal twice: {payloads}, keys {keys}, tokens {tokens}"
         if forced := [payload for operation, payload in taken if operation == "token" and not known[payload][1]]:
             return f"it took signals without a token: {forced}"
         order = [payload for payload, _, _ in self.sent if payload in payloads]
