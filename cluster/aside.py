@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("durable_cluster.aside")
 
 REPORT_S = 1.0
+REPORT_SOON_S = 0.05
 LOOK_S = 0.25
 
 OnHang = Callable[[Run], None]
@@ -51,7 +52,7 @@ class Aside:
         self._pages = pages
         self._on_hang = on_hang
         self._answers: list[Answer] = []
-        self._look_at = self._report_at = self._keep_at = 0.0
+        self._look_at = self._report_at = self._report_soon_at = self._keep_at = 0.0
 
     @property
     def is_busy(self) -> bool:
@@ -82,9 +83,12 @@ class Aside:
             if is_taking and self.room:
                 done += self._take()
         if self._beside.in_flight:
+            if now >= self._report_soon_at:
+                self._report_soon_at = now + REPORT_SOON_S
+                self._report(self._beside.detached(), is_soon=True)
             if now >= self._report_at:
                 self._report_at = now + REPORT_S
-                self._report()
+                self._report(self._beside.detached())
                 self._publish()
                 self._end_taken()
             if now >= self._keep_at:
@@ -180,10 +184,11 @@ class Aside:
         for run, of in told:
             run.published = of
 
-    def _report(self) -> None:
+    def _report(self, runs: Sequence[Run], *, is_soon: bool = False) -> None:
+        """What runs have said since the last time, for whoever runs them next."""
         said: dict[str, Run] = {}
-        for run in self._beside.detached():
-            if run.context.said is not run.reported:
+        for run in runs:
+            if run.context.said is not run.reported and (run.task.step.is_reported_soon or not is_soon):
                 said[run.key] = run
         if not said:
             return

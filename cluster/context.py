@@ -156,7 +156,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
 
         ``retry``: for this call, in place of the step's own.
         """
-        return Goto(self._machine.step_name(step), state, None if retry is None else retry.policy)
+        return self._goto(step, state, retry)
 
     def sleep(
         self, duration: Duration, then: str | Callable[..., Any], state: Any, *, retry: Retry | None = None
@@ -298,13 +298,22 @@ class Context(msgspec.Struct, eq=False, gc=False):
 
     def done(self, output: Any = None) -> Continuation:
         """Complete the workflow; ``output`` (JSON) is what ``result()`` returns."""
+        self._demand_machine()
         return Done(output)
 
     def fail(self, reason: str) -> Continuation:
         """End the workflow in failure, for good."""
+        self._demand_machine()
         return Fail(reason)
 
+    def _demand_machine(self) -> None:
+        if self._call is not None:
+            raise AppError(
+                f"step '{self.step}' is of a linear workflow: it returns a value, and the function says what is next"
+            )
+
     def _goto(self, step: str | Callable[..., Any], state: Any, retry: Retry | None) -> Goto:
+        self._demand_machine()
         return Goto(self._machine.step_name(step), state, None if retry is None else retry.policy)
 
     def _late(

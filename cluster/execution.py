@@ -96,7 +96,7 @@ class Execution:
 
     def enter(self, main: Coroutine[Any, Any, Any]) -> None:
         """Begin the function and feed it with what is recorded."""
-        recorded = memo.decoded_entries(self.carried.entries) if self.carried.entries != b"[]" else []
+        recorded = memo.decoded_entries(self.carried.entries)
         self._unread = _names(recorded)
         self.is_replaying = bool(recorded)
         self.main = self.loop.create_task(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import sys
 from typing import Any
 
@@ -55,4 +54,4 @@ def _class_of(full_name: str) -> type[Exception] | None:
         for part in parts[cut:]:
             found = getattr(found, part, None)
         return found if isinstance(found, type) and issubclass(found, Exception) else None
-    return getattr(builtins, full_name, None)
+    return None

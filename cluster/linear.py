@@ -150,7 +150,7 @@ class Workflow(Machine, Generic[In, R]):
         try:
             execution.demand_waiting(key)
         except NonDeterminismError as wrong:
-            return Stuck(Goto(RESUME, memo.with_entry(carried, entry)), wrong)
+            return Stuck(Goto(RESUME, memo.with_entries(carried, [entry])), wrong)
         execution.ahead = self._ahead(ctx)
         execution.answer(key, entry, decoded)
         return self.handed_on(ctx, execution)
@@ -175,8 +175,13 @@ class Workflow(Machine, Generic[In, R]):
         return self.handed_on(ctx, execution)
 
     def cleanup_state(self, envelope: Envelope) -> msgspec.Raw:
-        """The first step's state is the bare input; all others' carry it."""
-        return msgspec.Raw(encode(Carried(envelope.state))) if envelope.step == START else envelope.state
+        """The first step's state is the bare input; all others' carry it. What has ended of several at once is on record too."""
+        if envelope.step == START:
+            return msgspec.Raw(encode(Carried(envelope.state)))
+        if envelope.step == SEVERAL and envelope.progress:
+            carried = carried_decoder.decode(envelope.state)
+            return msgspec.Raw(encode(memo.with_entries(carried, map(encode, envelope.progress))))
+        return envelope.state
 
     def execution(self, ctx: Context, carried: Carried) -> Execution:
         """The function where this step event finds it: taken out of what is known here, or entered anew."""
@@ -337,6 +342,7 @@ class Workflow(Machine, Generic[In, R]):
             timeout_s=timeout_s or self.app.settings.step_timeout_s,
             limit=None,
             is_limited=is_limited,
+            is_reported_soon=name == SEVERAL,
             decoder=decoder,
         )
         self.steps[name] = step

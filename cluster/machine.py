@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A handler and how to call it."""
+    """A handler and how to call it. ``is_reported_soon``: its progress is what others stand on, and not only a hint."""
 
     name: str
     handler: Callable[..., Any]
@@ -43,6 +43,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     timeout_s: float
     limit: Limit | None
     is_limited: bool
+    is_reported_soon: bool = False
     decoder: msgspec.json.Decoder[Any]
 
     @property

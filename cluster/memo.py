@@ -5,6 +5,7 @@ An entry names its await by a key: the position (the branch of the code, and a c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -86,9 +87,10 @@ def decoded_entries(entries: msgspec.Raw) -> list[tuple[Entry, bytes]]:
     return list(zip(_entries.decode(entries), map(bytes, _raw_entries.decode(entries)), strict=True))
 
 
-def with_entry(carried: Carried, encoded: bytes) -> Carried:
-    """The same with one entry more, and nothing asked for."""
-    entries = bytes(carried.entries)[:-1] + (b"," if carried.entries != b"[]" else b"") + encoded + b"]"
+def with_entries(carried: Carried, more: Iterable[bytes]) -> Carried:
+    """The same with these entries too, and nothing asked for."""
+    known = bytes(carried.entries)[1:-1]
+    entries = b"[" + b",".join([*([known] if known else []), *more]) + b"]"
     return msgspec.structs.replace(carried, entries=msgspec.Raw(entries), asked=None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -675,6 +676,46 @@ def test_a_cancel_is_raised_where_the_function_waits_and_what_it_has_done_is_und
     assert done == ["book flight", "book hotel", "give back hotel", "give back flight"]
 
 
+def test_what_has_ended_of_several_is_undone_when_the_others_are_cancelled(
+    app: App, eventually: Callable[..., None], conn: psycopg.Connection[Any]
+) -> None:
+    done: list[str] = []
+
+    @app.step
+    async def act(what: str) -> str:
+        if what == "slow":
+            await asyncio.Event().wait()
+        done.append(what)
+        return what
+
+    @app.workflow
+    async def saga() -> None:
+        async def one(what: str) -> None:
+            async with compensation() as undo:
+                await act(what)
+                undo(act, f"undo {what}")
+                await act("slow")
+
+        await gather(one("a"), one("b"))
+
+    handle = saga.start()
+    runner = threading.Thread(target=app.run, kwargs={"until_idle": True})
+    runner.start()
+    eventually(lambda: _reported(conn) >= 2)
+    handle.cancel("stop")
+    runner.join(30)
+    with pytest.raises(WorkflowCancelled, match="stop"):
+        handle.result(timeout=10)
+    assert sorted(done) == ["a", "b", "undo a", "undo b"]
+
+
+def _reported(conn: psycopg.Connection[Any]) -> int:
+    """How many results the detached step has reported."""
+    row = conn.execute("select progress from durable.detached").fetchone()
+    conn.commit()
+    return 0 if row is None or row[0] is None else len(msgspec.json.decode(row[0]))
+
+
 def test_a_step_that_fails_after_others_were_undone_fails_the_workflow(app: App) -> None:
     done: list[str] = []
 
@@ -754,6 +795,7 @@ def test_lines_say_attributes_and_progress_once(app: App) -> None:
         ("step output", "step 'wrong' returned what does not fit its type: Expected int, got str"),
         ("step args", "the arguments of step 'wrong' are not JSON"),
         ("arity", "missing a required argument: 'n'"),
+        ("goto", "step 'machinelike' is of a linear workflow: it returns a value"),
     ],
 )
 def test_what_cannot_be_is_a_dead_letter_that_says_so(app: App, kind: str, said: str) -> None:
@@ -761,8 +803,14 @@ def test_what_cannot_be_is_a_dead_letter_that_says_so(app: App, kind: str, said:
     def wrong(n: Any) -> int:
         return "text"  # type: ignore[return-value]
 
+    @app.step
+    def machinelike(ctx: Context) -> Any:
+        return ctx.done(1)
+
     @app.workflow
     async def work(kind: str) -> int:
+        if kind == "goto":
+            await machinelike()
         if kind == "foreign":
             await asyncio.get_running_loop().create_future()
         if kind == "thread":

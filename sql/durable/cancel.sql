@@ -64,7 +64,8 @@ begin
         ), held as materialized (
             select d.id, d.seq from durable.detached d where d.id = v_cancel.id for update skip locked
         ), steps as (
-            delete from durable.detached d using held h where d.id = h.id and d.seq = h.seq returning d.line
+            delete from durable.detached d using held h where d.id = h.id and d.seq = h.seq
+            returning case when d.progress is null then d.line else left(d.line, -1) || ',"p":' || d.progress || '}' end as line
         ), letters as (
             delete from durable.dead_letter d where d.id = v_cancel.id returning d.line
         ), parked as (
