@@ -13,11 +13,12 @@ from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, overload
 
 import msgspec
 
+from durable_cluster import bridge
 from durable_cluster.commands import EVERY, Alarm, Command, SignalWait
 from durable_cluster.context import short_id
 from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import encode
-from durable_cluster.errors import InputError
+from durable_cluster.errors import AppError, InputError
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.handles import ChildHandle, execution_of, wait_of
 from durable_cluster.notes import Attributes
@@ -81,12 +82,16 @@ def select(
     return _ask(execution, SignalWait(names, timeout_s, due, token))
 
 
-async def gather(*awaited: Awaitable[T]) -> list[T]:
+def gather(*awaited: Awaitable[T]) -> Coroutine[Any, Any, list[T]]:
     """What all of these come to, in their order: steps, sleeps, children, coroutines. The first that raises ends the wait.
 
     Steps run at once, in one process; children wherever there is one.
     """
     execution = execution_of("gather")
+    return _given(execution, _gathered(execution, awaited))
+
+
+async def _gathered(execution: Execution, awaited: tuple[Awaitable[T], ...]) -> list[T]:
     handles = _children_of(awaited)
     if handles is None:
         return list(await asyncio.gather(*awaited))
@@ -97,15 +102,22 @@ async def gather(*awaited: Awaitable[T]) -> list[T]:
     return [handle.typed(by_number[handle.number]) for handle in handles]
 
 
-async def first(*awaited: Awaitable[T]) -> T:
+def first(*awaited: Awaitable[T]) -> Coroutine[Any, Any, T]:
     """What the first of these comes to that does not raise; what the last one raises, if all do.
 
     Steps that still run are cancelled; children go on.
     """
-    return (await at_least(1, *awaited))[0]
+    execution = execution_of("first")
+    if not awaited:
+        raise InputError("first() of nothing; give it what may come first")
+
+    async def only() -> T:
+        return (await _some(execution, 1, awaited))[0]
+
+    return _given(execution, only())
 
 
-async def at_least(needed: int, *awaited: Awaitable[T]) -> list[T]:
+def at_least(needed: int, *awaited: Awaitable[T]) -> Coroutine[Any, Any, list[T]]:
     """What the first ``needed`` of these come to, as they end. Steps that still run are cancelled; children go on.
 
     Raises what the last one raised, when so many cannot come any more.
@@ -113,6 +125,10 @@ async def at_least(needed: int, *awaited: Awaitable[T]) -> list[T]:
     execution = execution_of("at_least")
     if not 1 <= needed <= len(awaited):
         raise InputError(f"at_least({needed}) of {len(awaited)}: it takes 1 to {len(awaited)}")
+    return _given(execution, _some(execution, needed, awaited))
+
+
+async def _some(execution: Execution, needed: int, awaited: tuple[Awaitable[T], ...]) -> list[T]:
     handles = _children_of(awaited)
     if handles is not None:
         ended = await execution.begin(wait_of(execution, handles, needed))
@@ -228,6 +244,10 @@ async def loop(state: S) -> AsyncIterator[Turn[S]]:
     are as the lines before it make them.
     """
     execution = execution_of("loop")
+    if execution.is_sync:
+        raise AppError(
+            "loop() is for async def workflows; a plain def that goes on for long ends with continue_as_new(value)"
+        )
     branch = execution.branch
     key = execution.key("loop")
     position = key.partition(" ")[0]
@@ -243,9 +263,13 @@ async def loop(state: S) -> AsyncIterator[Turn[S]]:
         execution.forget_below(f"{position}~")
 
 
-async def scope(function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+def scope(function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
     """What an ``async def`` of awaits comes to (JSON); once it has ended, only that is carried on, not each of its awaits."""
     execution = execution_of("scope")
+    return _given(execution, _scoped(execution, function, args, kwargs))
+
+
+async def _scoped(execution: Execution, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     branch = execution.branch
     key = execution.key("scope")
     position = key.partition(" ")[0]
@@ -259,8 +283,7 @@ async def scope(function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **
         known = msgspec.Raw(encode(value))
         execution.record(key, bytes(known))
         execution.forget_below(f"{position}~")
-    result: T = decoder.decode(known)
-    return result
+    return decoder.decode(known)
 
 
 class compensation:
@@ -289,6 +312,11 @@ class compensation:
 
 def _ask(execution: Execution, command: Command) -> Coroutine[Any, Any, Any]:
     return execution.workflow.asked(execution, command)  # type: ignore[no-any-return]
+
+
+def _given(execution: Execution, coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+    """What a line gets: the coroutine; in a plain ``def``, whose types cannot say so, what it comes to."""
+    return bridge.wait(coroutine) if execution.is_sync else coroutine
 
 
 def _children_of(awaited: tuple[Any, ...]) -> list[ChildHandle[Any]] | None:

@@ -156,7 +156,9 @@ class Context(msgspec.Struct, eq=False, gc=False):
 
         ``retry``: for this call, in place of the step's own.
         """
-        return self._goto(step, state, retry)
+        if self._call is not None:
+            self._demand_machine()
+        return Goto(self._machine.step_name(step), state, None if retry is None else retry.policy)
 
     def sleep(
         self, duration: Duration, then: str | Callable[..., Any], state: Any, *, retry: Retry | None = None

@@ -136,7 +136,8 @@ def test_a_plain_def_is_a_workflow_too(app: App) -> None:
         sleep(0.001)
         children = [other.spawn(k) for k in range(2)]
         said: Any = wait_for("go", int)
-        return [add(first_one, 1), [child.result() for child in children], said]
+        more: Any = gather(other.spawn(5), other.spawn(6))
+        return [add(first_one, 1), [child.result() for child in children], said, more]
 
     @app.workflow
     async def other(n: int) -> int:
@@ -144,7 +145,7 @@ def test_a_plain_def_is_a_workflow_too(app: App) -> None:
 
     handle = plain.start(4)
     handle.signal("go", 7)
-    assert ran(app, handle) == [9, [0, 2], 7]
+    assert ran(app, handle) == [9, [0, 2], 7, [10, 12]]
 
 
 def test_a_step_called_outside_of_a_workflow_is_the_plain_function(app: App) -> None:
