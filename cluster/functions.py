@@ -45,7 +45,7 @@ class StepFunction(Generic[P, R]):
 
     ``function``: the function itself. ``opts(retry=…, timeout=…)``: the same step with others of these, for one call.
     ``needs_its_own``: it cannot run in one step event with others: its transaction, or its permit, is that of
-    one. ``is_quick``: it runs in its page, and may be run with the step before it.
+    one. ``is_quick``: it runs in its page, under the usual timeout, and may be run with the step before it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class StepFunction(Generic[P, R]):
         self.timeout_s = checked_timeout_s(self.name, timeout, default_s=app.settings.step_timeout_s)
         self.limit = checked_limit(limit, of=f"step '{self.name}'")
         self.needs_its_own = transactional or limit is not None
-        self.is_quick = not (self.needs_its_own or blocking or self.is_async)
+        self.is_quick = not (self.needs_its_own or blocking or self.is_async or timeout is not None)
         self._options = NO_OPTIONS
         self._read_signature(function)
         self.__doc__ = function.__doc__
