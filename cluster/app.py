@@ -144,6 +144,8 @@ class App:
         """
 
         def register(function: Callable[..., Any]) -> Workflow[Any, Any]:
+            if not callable(function):
+                raise AppError(f"@app.workflow makes a function a workflow; app.named({function!r}) finds one")
             made: Workflow[Any, Any] = Workflow(self, function, name=name, version=version, limit=limit)
             self._add(made)
             return made

@@ -19,7 +19,7 @@ NAME_PATTERN = "[a-z0-9_.-]{1,57}"
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits and intervals of one cluster; each can be given to ``App`` or on the command line.
 
-    ``functions_max``: how many linear workflows' functions a process keeps between two steps, some 6 KB each; others are entered anew.
+    ``functions_max``: how many linear workflows' functions a process keeps between steps, some 6 KB each; others are entered anew.
     ``run_ahead_ms``: for so long quick steps of such a workflow run one after the other and are committed together; 0: each alone.
     """
 

@@ -103,7 +103,7 @@ def test_many_starts_have_attributes_of_their_own_or_the_same(app: App, conn: Co
 
 
 def test_children_have_the_attributes_that_they_are_spawned_with(app: App) -> None:
-    plain, parent = app.workflow("plain"), app.machine("parent", state=int)
+    plain, parent = app.named("plain"), app.machine("parent", state=int)
 
     @parent.step(start=True)
     def spawn(ctx: Context, n: int) -> Continuation:

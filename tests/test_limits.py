@@ -299,9 +299,9 @@ def test_two_pages_that_take_the_last_permit_at_once_share_it_fairly(
 def test_maintenance_forgets_keys_that_nobody_uses_and_only_those(
     app: App, conn: Connection, clock: Callable[[float], None]
 ) -> None:
-    finished = [app.workflow("flow").start(f"{key}{n}") for key in "abc" for n in range(4)]
-    holding = [app.workflow("alive").start("h") for _ in range(3)]
-    rated = [app.workflow("flow").start(f"{n}rated") for n in range(12)]
+    finished = [app.named("flow").start(f"{key}{n}") for key in "abc" for n in range(4)]
+    holding = [app.named("alive").start("h") for _ in range(3)]
+    rated = [app.named("flow").start(f"{n}rated") for n in range(12)]
     app.run(until_idle=True)
     assert {handle.status() for handle in finished} == {"completed"}
     maintenance.run_once(conn)
@@ -319,7 +319,7 @@ def test_maintenance_forgets_keys_that_nobody_uses_and_only_those(
     assert conn.execute("select forgotten from durable.maintain()").fetchone() == (1,)
     assert used(conn) == {}
     assert not upkeep.has_unused_limits(conn)
-    again = app.workflow("flow").start("a")
+    again = app.named("flow").start("a")
     app.run(until_idle=True)
     assert again.status() == "completed"
 
@@ -327,9 +327,9 @@ def test_maintenance_forgets_keys_that_nobody_uses_and_only_those(
 def test_who_takes_a_permit_while_its_count_is_deleted_gets_one(
     app: App, conn: Connection, dsn: str, eventually: Callable[..., None]
 ) -> None:
-    app.workflow("flow").start("a")
+    app.named("flow").start("a")
     app.run(until_idle=True)
-    handle = app.workflow("flow").start("a")
+    handle = app.named("flow").start("a")
     step = Envelope(handle.id, 2, "flow", "end", 1, msgspec.Raw(b'"a"'), permit=OF_STEP)
     limit = Limit("slow", concurrency=3)
     with psycopg.connect(dsn) as sweeping, psycopg.connect(dsn) as taking, ThreadPoolExecutor(1) as pool:

@@ -850,6 +850,8 @@ def test_what_cannot_be_declared_is_refused(dsn: str) -> None:
     app.step(awaits)
     with pytest.raises(AppError, match="has a step 'awaits' already"):
         app.step(awaits)
+    with pytest.raises(AppError, match=r"app\.named\('awaits'\) finds one"):
+        app.workflow("awaits")  # type: ignore[call-overload]
     with pytest.raises(AppError, match="for the lines of a workflow"):
         sleep(1)
 
