@@ -212,9 +212,9 @@ class Consumer:
         return has_work
 
     def expects_work(self, within_s: float) -> bool:
-        """Whether a detached step runs here, or a timer is due in so many seconds."""
-        due_s = side_statements.next_due(self._connection)
-        return self._aside.is_busy or (due_s is not None and due_s <= within_s)
+        """Whether there is work, a detached step runs here, or a timer is due in so many seconds."""
+        has_work, due_s = self._look()
+        return has_work or self._aside.is_busy or (due_s is not None and due_s <= within_s)
 
     def close(self, *, grace_s: float = 0.0) -> None:
         """Give detached steps ``grace_s`` seconds to end, set free what it holds, and close the connection; safe twice."""
@@ -231,6 +231,8 @@ class Consumer:
         except psycopg.Error as error:
             logger.warning("shard %d: its windows could not be handed back: %s", self.home, type(error).__name__)
         self._beside.close()
+        for machine in self._machines.values():
+            machine.forget_all()
         self._connection.close()
 
     def _leave(self, shard: int) -> None:

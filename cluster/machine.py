@@ -265,6 +265,9 @@ class Machine:
         """The state of the cleanup that runs in place of this step."""
         return envelope.state
 
+    def forget_all(self) -> None:
+        """Let go of what this process keeps of its workflows."""
+
     def opening(self, value: Any) -> tuple[str, str]:
         """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
         first = self._first()

@@ -321,3 +321,17 @@ def test_detached_steps_are_inserted_and_deleted_once_and_never_updated(
     while changes()[1] < 10:
         assert time.monotonic() < deadline
     assert changes() == (0, 10)
+
+
+def test_a_run_until_idle_ends_what_was_too_much_to_run_at_once(dsn: str) -> None:
+    app = App("crowded", dsn=dsn, settings=Settings(detached_max=2))
+    machine = app.machine("crowded", state=int)
+
+    @machine.step(start=True)
+    async def again(ctx: Context, n: int) -> Continuation:
+        return ctx.goto(again, n - 1) if n else ctx.done()
+
+    handles = machine.start_many([2] * 60)
+    app.run(until_idle=True)
+    assert {handle.status() for handle in handles} == {"completed"}
+    app.close()
