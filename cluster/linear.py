@@ -26,7 +26,7 @@ from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Done, Fail, Goto, Spawn, Stuck
 from durable_cluster.durations import Duration
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.errors import AppError, HandlerError, NonDeterminismError, TerminalError
+from durable_cluster.errors import AppError, HandlerError, InputError, NonDeterminismError, TerminalError
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.failures import failure_of
 from durable_cluster.handles import ChildHandle, WorkflowHandle, spawned
@@ -173,6 +173,18 @@ class Workflow(Machine, Generic[In, R]):
     def cleanup_state(self, envelope: Envelope) -> msgspec.Raw:
         """The first step's state is the bare input; all others' carry it."""
         return msgspec.Raw(encode(Carried(envelope.state))) if envelope.step == START else envelope.state
+
+    def demand_fitting(self, step: Step, state: bytes) -> None:
+        """Whether an edited state carries an input that fits the function, and arguments that fit the step. Raises InputError."""
+        if step.name == START:
+            return
+        carried = carried_decoder.decode(state)
+        self._payload(self._first(), carried.input)
+        if carried.asked is not None and step.name not in OWN:
+            try:
+                self.app.steps[step.name].bound(carried.asked.args)
+            except HandlerError as error:
+                raise InputError(str(error)) from error
 
     def execution(self, ctx: Context, carried: Carried) -> Execution:
         """The function where this step event finds it: taken out of what is known here, or entered anew."""

@@ -262,6 +262,9 @@ class Machine:
         """The state of the cleanup that runs in place of this step."""
         return envelope.state
 
+    def demand_fitting(self, step: Step, state: bytes) -> None:
+        """Whether what a linear workflow's state holds fits too. Raises InputError."""
+
     def opening(self, value: Any) -> tuple[str, str]:
         """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
         first = self._first()

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster.examples.orders.flows import Line, Order, Poison
+from durable_cluster.examples.orders.shop import Line, Order, Poison
 
 PREPARE_LOCK = 0x6F72_6465_7273  # "orders": one at a time makes the tables
 POISON_SEED = 830
