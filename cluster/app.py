@@ -32,6 +32,10 @@ R = TypeVar("R")
 In = TypeVar("In")
 
 
+class Anything:
+    """Nobody's type: a step whose first parameter accepts it takes anything there, and that is not the context."""
+
+
 class App:
     """The machines of one program, and the database they live in.
 
@@ -61,6 +65,12 @@ class App:
         self._add(machine)
         return machine
 
+    @overload
+    def step(
+        self, function: Callable[Concatenate[Anything, P], Coroutine[Any, Any, R]], /
+    ) -> StepFunction[Concatenate[Any, P], R]: ...
+    @overload
+    def step(self, function: Callable[Concatenate[Anything, P], R], /) -> StepFunction[Concatenate[Any, P], R]: ...
     @overload
     def step(self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /) -> StepFunction[P, R]: ...
     @overload
@@ -252,6 +262,12 @@ class StepDecorator:
     def __init__(self, register: Callable[[Callable[..., Any]], StepFunction[..., Any]]) -> None:
         self._register = register
 
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Anything, P], Coroutine[Any, Any, R]], /
+    ) -> StepFunction[Concatenate[Any, P], R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Anything, P], R], /) -> StepFunction[Concatenate[Any, P], R]: ...
     @overload
     def __call__(
         self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /

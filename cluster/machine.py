@@ -194,7 +194,7 @@ class Machine:
         priority: float = 1,
         attributes: Attributes | Sequence[Attributes | None] | None = None,
         tx: psycopg.Connection[Any] | None = None,
-    ) -> list[Handle]:
+    ) -> Sequence[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
         ``after``, ``at``, ``priority``: as for ``start``, the same for all. ``attributes``: the same for all, or a sequence of
@@ -232,7 +232,7 @@ class Machine:
         delay_s = 0.0 if after is None else seconds(after, what="after")
         return Child(self.name, self.version, first.name, self._payload(first, value), delay_s)
 
-    def spawn(self, value: Any = None, *, after: Duration | None = None) -> ChildHandle[Any]:
+    def spawn(self, value: Any, *, after: Duration | None = None) -> ChildHandle[Any]:
         """In the lines of a linear workflow: start a child of this kind with the next checkpoint.
 
         ``await`` the handle for its output. Raises InputError.
