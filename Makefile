@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test test-15 test-16 slow explore chaos survival bench bench-smoke mutants lint types loadtest clean
 
 demo: $(READY)
-	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos)
+	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos) $(if $(LINEAR),--linear)
 
 test: $(READY)
 	$(BIN)/pytest -n 3 --dist worksteal -m "not slow" tests

@@ -62,6 +62,7 @@ from durable_cluster.retry import Retry
 from durable_cluster.schedule_statements import Schedule
 from durable_cluster.search import Listed
 from durable_cluster.settings import Settings
+from durable_cluster.signals import Signal
 from durable_cluster.statements import State
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "Schedule",
     "SchemaMismatch",
     "Settings",
+    "Signal",
     "State",
     "StepFailed",
     "StepFunction",

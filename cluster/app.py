@@ -32,6 +32,10 @@ R = TypeVar("R")
 In = TypeVar("In")
 
 
+class Anything:
+    """Nobody's type: a step whose first parameter accepts it takes anything there, and that is not the context."""
+
+
 class App:
     """The machines of one program, and the database they live in.
 
@@ -61,6 +65,12 @@ class App:
         self._add(machine)
         return machine
 
+    @overload
+    def step(
+        self, function: Callable[Concatenate[Anything, P], Coroutine[Any, Any, R]], /
+    ) -> StepFunction[Concatenate[Any, P], R]: ...
+    @overload
+    def step(self, function: Callable[Concatenate[Anything, P], R], /) -> StepFunction[Concatenate[Any, P], R]: ...
     @overload
     def step(self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /) -> StepFunction[P, R]: ...
     @overload
@@ -226,10 +236,13 @@ class App:
     def encoded_state(self, workflow: str, step: str, value: Any) -> str:
         """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""
         machine = self.machines.get(workflow)
-        known = machine.steps.get(step) if machine is not None else None
+        known = machine.steps[step] if machine is not None and step in machine.steps else None
         decoder = known.decoder if known is not None else msgspec.json.Decoder(Any)
         limit = self.settings.payload_bytes_max
-        return encoded_input(value, decoder=decoder, what=f"the state of step '{step}'", bytes_max=limit).decode()
+        encoded = encoded_input(value, decoder=decoder, what=f"the state of step '{step}'", bytes_max=limit)
+        if machine is not None and known is not None:
+            machine.demand_fitting(known, encoded)
+        return encoded.decode()
 
     def run(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
         """Run this app's workflows here, in this process and thread: for scripts, debuggers and notebooks.
@@ -251,6 +264,12 @@ class StepDecorator:
     def __init__(self, register: Callable[[Callable[..., Any]], StepFunction[..., Any]]) -> None:
         self._register = register
 
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Anything, P], Coroutine[Any, Any, R]], /
+    ) -> StepFunction[Concatenate[Any, P], R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Anything, P], R], /) -> StepFunction[Concatenate[Any, P], R]: ...
     @overload
     def __call__(
         self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /

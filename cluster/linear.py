@@ -13,11 +13,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psycopg
 
 from durable_cluster import bridge, memo, waits
 from durable_cluster.ahead import Ahead, FirstAttemptFailed
@@ -25,18 +23,17 @@ from durable_cluster.commands import Call, Command
 from durable_cluster.concurrent import run_several
 from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Done, Fail, Goto, Spawn, Stuck
-from durable_cluster.durations import Duration
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.errors import AppError, HandlerError, NonDeterminismError, TerminalError
+from durable_cluster.errors import AppError, HandlerError, InputError, NonDeterminismError, TerminalError
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.failures import failure_of
-from durable_cluster.handles import ChildHandle, WorkflowHandle, spawned
 from durable_cluster.joins import CHILDREN_MAX
 from durable_cluster.limits import Limit
-from durable_cluster.machine import Machine, Step
+from durable_cluster.machine import Step
 from durable_cluster.memo import Asked, Carried, carried_decoder
-from durable_cluster.notes import Attributes, noted_too
+from durable_cluster.notes import noted_too
 from durable_cluster.retry import Retry
+from durable_cluster.typed import In, R, TypedMachine
 from durable_cluster.types import Signature, decoder_of, input_of
 
 if TYPE_CHECKING:
@@ -47,11 +44,8 @@ START, RESUME, SEVERAL, CANCELLED = "workflow.start", "workflow.resume", "workfl
 UNUSED_S = 30.0
 SEVERAL_TIMEOUT_S = 10 * 365 * 86_400.0
 
-In = TypeVar("In")
-R = TypeVar("R")
 
-
-class Workflow(Machine, Generic[In, R]):
+class Workflow(TypedMachine[In, R]):
     """Made by ``@app.workflow``: started, looked up, scheduled and spawned as any machine is."""
 
     def __init__(
@@ -74,34 +68,6 @@ class Workflow(Machine, Generic[In, R]):
 
     def __repr__(self) -> str:
         return f"<workflow '{self.name}'>"
-
-    def start(
-        self,
-        value: In | None = None,
-        *,
-        key: str | None = None,
-        after: Duration | None = None,
-        at: datetime | None = None,
-        priority: float = 1,
-        attributes: Attributes | None = None,
-        tx: psycopg.Connection[Any] | None = None,
-    ) -> WorkflowHandle[R]:
-        """Start it with ``value``; see ``Machine.start``. The handle's ``result()`` is of the type that the function returns."""
-        started = super().start(value, key=key, after=after, at=at, priority=priority, attributes=attributes, tx=tx)
-        return WorkflowHandle(self.app.client, self.name, started.id, self.returned)
-
-    def get(self, *, key: str) -> WorkflowHandle[R]:
-        """The one that was started with ``key``. Raises UnknownWorkflow."""
-        return WorkflowHandle(self.app.client, self.name, super().get(key=key).id, self.returned)
-
-    def spawn(
-        self, value: In | None = None, *, after: Duration | None = None, attributes: Attributes | None = None
-    ) -> ChildHandle[R]:
-        """In a workflow's lines: start a child of this kind with the next checkpoint; ``await`` the handle for what it returns.
-
-        Raises InputError.
-        """
-        return spawned(self.child(value, after=after, attributes=attributes), self.returned)
 
     def step_name(self, step: str | Callable[..., Any]) -> str:
         """The name of one of its steps. Raises AppError for any other."""
@@ -182,6 +148,18 @@ class Workflow(Machine, Generic[In, R]):
             carried = carried_decoder.decode(envelope.state)
             return msgspec.Raw(encode(memo.with_entries(carried, map(encode, envelope.progress))))
         return envelope.state
+
+    def demand_fitting(self, step: Step, state: bytes) -> None:
+        """Whether an edited state carries an input that fits the function, and arguments that fit the step. Raises InputError."""
+        if step.name == START:
+            return
+        carried = carried_decoder.decode(state)
+        self._payload(self._first(), carried.input)
+        if carried.asked is not None and step.name not in OWN:
+            try:
+                self.app.steps[step.name].bound(carried.asked.args)
+            except HandlerError as error:
+                raise InputError(str(error)) from error
 
     def execution(self, ctx: Context, carried: Carried) -> Execution:
         """The function where this step event finds it: taken out of what is known here, or entered anew."""

@@ -195,7 +195,7 @@ class Machine:
         priority: float = 1,
         attributes: Attributes | Sequence[Attributes | None] | None = None,
         tx: psycopg.Connection[Any] | None = None,
-    ) -> list[Handle]:
+    ) -> Sequence[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
         ``after``, ``at``, ``priority``: as for ``start``, the same for all. ``attributes``: the same for all, or a sequence of
@@ -234,7 +234,7 @@ class Machine:
         return Child(self.name, self.version, *self.opening(value), delay_s, found_by)
 
     def spawn(
-        self, value: Any = None, *, after: Duration | None = None, attributes: Attributes | None = None
+        self, value: Any, *, after: Duration | None = None, attributes: Attributes | None = None
     ) -> ChildHandle[Any]:
         """In the lines of a linear workflow: start a child of this kind with the next checkpoint.
 
@@ -267,6 +267,9 @@ class Machine:
 
     def forget_all(self) -> None:
         """Let go of what this process keeps of its workflows."""
+
+    def demand_fitting(self, step: Step, state: bytes) -> None:
+        """Whether what a linear workflow's state holds fits too. Raises InputError."""
 
     def opening(self, value: Any) -> tuple[str, str]:
         """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""

@@ -141,6 +141,8 @@ def _value_at(value: Any, path: str) -> Any:
 def _unknown_path(given: Any, kept: Any, path: str) -> str | None:
     """The path of the first key in ``given`` (plain JSON) that decoding it as ``kept`` dropped, or None."""
     pairs: list[tuple[str, Any, Any]] = []
+    if isinstance(kept, msgspec.Raw):
+        return None  # it is kept as it is
     if isinstance(given, dict):
         fields = _fields(kept)
         for key, value in given.items():

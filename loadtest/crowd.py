@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from durable_cluster import Handle, WorkflowCancelled
@@ -82,7 +82,7 @@ def _took_s(handles: Iterator[Handle], act: Callable[[Handle], object]) -> Itera
         yield time.perf_counter() - begun
 
 
-def _standing(handles: list[Handle]) -> list[Handle]:
+def _standing(handles: Sequence[Handle]) -> Sequence[Handle]:
     """These, once all of them wait."""
     client = survival_flows.app.client
     query = "select count(*) from durable.wait where id = any (%s::uuid[])"

@@ -156,6 +156,9 @@ def _add_demo(demo: Parser) -> None:
     demo.add_argument(
         "--chaos", action="store_true", help="kill consumers at work, stop others, kill the local Postgres twice"
     )
+    demo.add_argument(
+        "--linear", action="store_true", help="the orders' flow as a function, in place of a state machine"
+    )
     _add_shards(demo)
     _add_log_level(demo, default="error")
 

@@ -239,6 +239,7 @@ def _demo(terminal: Terminal, target: Target, options: argparse.Namespace) -> in
         target,
         times=options.times,
         is_chaotic=options.chaos,
+        is_linear=options.linear,
         shards=options.shards,
         log_level=options.log_level.upper(),
     )

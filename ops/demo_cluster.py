@@ -21,6 +21,7 @@ from durable_cluster.database import connect
 from durable_cluster.errors import DatabaseError, DurableError
 from durable_cluster.examples.orders.carrier import CarrierError
 from durable_cluster.examples.orders.carrier_stub import carrier_process
+from durable_cluster.loading import load_app
 from durable_cluster.ops.chaos import Chaos, Havoc
 from durable_cluster.ops.demo import checked_times, run_demo
 from durable_cluster.ops.demo_watch import Standing
@@ -35,6 +36,7 @@ from durable_cluster.shards.messages import ClusterConfig
 from durable_cluster.shards.supervisor import Supervisor
 
 DATABASE = "durable_demo"
+LINEAR = "durable_cluster.examples.orders.linear:app"
 MARK = "made by durable-cluster demo, which drops it"
 LEAVE_S = 2.0
 # Stopped consumers are to be replaced, and the same places killed, far more often than in anybody's life.
@@ -46,9 +48,16 @@ class DemoStopped(DurableError):
 
 
 def demo(
-    terminal: Terminal, target: Target, *, times: int, is_chaotic: bool, shards: int | None, log_level: str
+    terminal: Terminal,
+    target: Target,
+    *,
+    times: int,
+    is_chaotic: bool,
+    is_linear: bool,
+    shards: int | None,
+    log_level: str,
 ) -> int:
-    """Run it; 0 only if every figure is exact."""
+    """Run it; 0 only if every figure is exact. ``is_linear``: the flow as a function, else as a machine."""
     logging.basicConfig(level=log_level, format=LOG_FORMAT)
     checked_times(times)
     with registered(target.data / "demo"), target.opened(is_made=True) as database:
@@ -57,7 +66,12 @@ def demo(
         terminal.note(f"{database.name}: database '{DATABASE}' made anew, {layout} shards")
         settings = msgspec.structs.replace(Settings(), **UNDER_CHAOS) if is_chaotic else Settings()
         config = ClusterConfig(
-            dsn=dsn, app=EXAMPLES, shards=layout, consumers_per_shard=1, settings=settings, log_level=log_level
+            dsn=dsn,
+            app=LINEAR if is_linear else EXAMPLES,
+            shards=layout,
+            consumers_per_shard=1,
+            settings=settings,
+            log_level=log_level,
         )
         with carrier_process() as carrier:
             show = Performance(terminal, config, times=times, carrier=carrier)
@@ -89,6 +103,7 @@ class Performance:
     def __init__(self, terminal: Terminal, config: ClusterConfig, *, times: int, carrier: str) -> None:
         self._terminal = terminal
         self._dsn = config.dsn
+        self._app = load_app(config.app)
         self._times = times
         self._carrier = carrier
         self._is_up = threading.Event()
@@ -130,6 +145,7 @@ class Performance:
                 self._dsn,
                 times=self._times,
                 carrier=self._carrier,
+                app=self._app,
                 on_standing=self._stand,
                 before_books=self._close,
             )

@@ -13,8 +13,8 @@ import psycopg
 
 from durable_cluster.examples.orders import northwind
 from durable_cluster.examples.orders.carrier import Ledger
-from durable_cluster.examples.orders.flows import Order
 from durable_cluster.examples.orders.northwind import Figures
+from durable_cluster.examples.orders.shop import Order
 from durable_cluster.ops.chaos import Havoc
 
 CENT = Decimal("0.01")

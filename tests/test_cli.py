@@ -125,7 +125,7 @@ class Cluster:
             **more,
         )
 
-    def ask(self, *words: str, text: str = "") -> Ran:
+    def ask(self, *words: str, text: str = "", timeout: float = 60) -> Ran:
         done = subprocess.run(
             [*COMMAND, *words],
             cwd=self.home,
@@ -134,7 +134,7 @@ class Cluster:
             input=text,
             capture_output=True,
             check=False,
-            timeout=60,
+            timeout=timeout,
         )
         return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -396,9 +396,12 @@ def test_ctrl_c_while_the_children_start_is_clean(dsn: str, home: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_the_demo_reconciles_exactly_while_its_consumers_are_killed(server: str, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flow", [[], ["--linear"]], ids=["machine", "function"])
+def test_the_demo_reconciles_exactly_while_its_consumers_are_killed(
+    server: str, home: Path, tmp_path: Path, flow: list[str]
+) -> None:
     cluster = Cluster(server, home)
-    demo = cluster.ask("demo", "--chaos", "--shards", "2", "--json", "--data", str(tmp_path))
+    demo = cluster.ask("demo", "--chaos", *flow, "--shards", "2", "--json", "--data", str(tmp_path), timeout=300)
     assert demo.code == 0, demo.err
     assert demo.json["is_exact"] is True
     assert demo.json["found"]["orders"] == demo.json["parcels"]["booked"] == 830

@@ -215,6 +215,43 @@ def test_a_failure_that_nobody_catches_leaves_the_workflow_stuck_in_that_step_an
     assert ran_steps == ["before", "fragile", "fragile"]
 
 
+def test_a_dead_letter_is_retried_with_edited_arguments_if_they_fit(app: App, conn: psycopg.Connection[Any]) -> None:
+    @app.step(retry=ONCE)
+    def halve(line: Line) -> int:
+        if line.quantity % 2:
+            raise ValueError("odd")
+        return line.quantity // 2
+
+    @app.workflow
+    async def work(order: Order) -> list[int]:
+        return [await halve(line) for line in order.lines]
+
+    handle = work.start(Order(1, [Line("tea", 2), Line("cups", 3)]), key="odd")
+    app.run(until_idle=True)
+    letter = conn.execute("select durable.dead_letter_state(%s)", (handle.id,)).fetchone()
+    assert letter is not None
+    edited = letter[0].replace('"quantity":3', '"quantity":4')
+    assert edited != letter[0]
+    state = msgspec.json.decode(edited)
+    with another(app) as other:  # which has not run that step yet
+        other.step(retry=ONCE)(halve.function)
+        again = other.workflow(work.function)
+        for one in (app, other):
+            with pytest.raises(
+                InputError, match=r"input of workflow 'work' does not fit Order: lines\[0\]: expected obj"
+            ):
+                one.get(handle.id).retry(state | {"i": {"number": 1, "lines": [2]}})
+            with pytest.raises(
+                InputError, match=r"arguments do not fit step 'halve': line.quantity: expected int.*\(true\)"
+            ):
+                one.get(handle.id).retry(state | {"a": [state["a"][0], [{"article": "cups", "quantity": True}]]})
+            with pytest.raises(InputError, match="has a field 'wrong' that Carried does not know"):
+                one.get(handle.id).retry(state | {"wrong": 1})
+        other.get(handle.id).retry(state)
+        other.run(until_idle=True)
+        assert again.get(key="odd").result(timeout=1) == [1, 2]
+
+
 def test_an_error_of_the_lines_themselves_is_a_dead_letter_that_the_mended_code_takes_up(app: App) -> None:
     runs = []
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from secrets import token_hex
 from tempfile import TemporaryDirectory
@@ -48,7 +48,7 @@ def check() -> int:
 
 
 @contextmanager
-def cluster(dsn: str) -> Iterator[None]:
+def cluster(dsn: str) -> Generator[None]:
     """A cluster in a process of its own, which replaces the processes that are killed."""
     words = [sys.executable, "-m", "durable_cluster.ops", "start", "--app", "durable_cluster.examples.agent.flows:app"]
     spare = ["--consumers-per-shard", "2", "--log-level", "error"]

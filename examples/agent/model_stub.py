@@ -110,7 +110,7 @@ class _Held:
 
 
 class _Request(BaseHTTPRequestHandler):
-    server: World
+    server: World  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_POST(self) -> None:
         self._serve("turns")

@@ -66,10 +66,12 @@ class Stage:
         path = self.question("clicks", Approver("Grace", NEVER, NEVER))
         looked = [self.browse("GET", path) for _ in range(3)]
         pending = self.status("clicks")
+
+        def click(_: int) -> int:
+            return self.browse("POST", path, decision="approved", note=f"\0{MARKUP}")[0]
+
         with ThreadPoolExecutor(4) as pool:
-            clicked = list(
-                pool.map(lambda _: self.browse("POST", path, decision="approved", note=f"\0{MARKUP}")[0], range(4))
-            )
+            clicked = list(pool.map(click, range(4)))
         after = self.browse("POST", path, decision="rejected")[0]
         seen = self.browse("GET", path)[1]
         rejected = self.question("no", Approver("Grace", NEVER, NEVER))

@@ -164,4 +164,4 @@ def prepare(connection: psycopg.Connection[Any]) -> None:
     with connection.transaction():
         connection.execute("select pg_advisory_xact_lock(%s)", (PREPARE_LOCK,))
         connection.execute("select set_config('client_min_messages', 'warning', true)")
-        connection.execute((files(__package__) / "tables.sql").read_bytes())
+        connection.execute((files("durable_cluster.examples.approvals") / "tables.sql").read_bytes())

@@ -54,7 +54,7 @@ class Page(ThreadingHTTPServer):
 class Request(BaseHTTPRequestHandler):
     """One request: a look, or an answer."""
 
-    server: Page
+    server: Page  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = IDLE_S
     server_version = "approvals"
     sys_version = ""

@@ -1,1 +1,1 @@
-"""Order fulfilment on the Northwind orders: ``flows`` is the example to read, ``northwind`` its data."""
+"""Order fulfilment on the Northwind orders (``northwind``), as a state machine (``flows``) and as a function (``linear``)."""

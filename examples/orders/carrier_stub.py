@@ -15,7 +15,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import msgspec
 
@@ -104,7 +104,7 @@ class CarrierStub:
 
 
 @contextlib.contextmanager
-def carrier_process() -> Iterator[str]:
+def carrier_process() -> Generator[str]:
     """A carrier in a process of its own; its address (host:port). Raises CarrierError if it does not start."""
     with subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

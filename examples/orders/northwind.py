@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster.examples.orders.flows import Line, Order, Poison
+from durable_cluster.examples.orders.shop import Line, Order, Poison
 
+PACKAGE = "durable_cluster.examples.orders"
 PREPARE_LOCK = 0x6F72_6465_7273  # "orders": one at a time makes the tables
 POISON_SEED = 830
 POISONS: tuple[Poison, ...] = ("raises", "raises", "raises", "crashes", "crashes")
@@ -103,7 +104,7 @@ def prepare(connection: psycopg.Connection[Any]) -> None:
     with connection.transaction():
         connection.execute("select pg_advisory_xact_lock(%s)", (PREPARE_LOCK,))
         connection.execute("select set_config('client_min_messages', 'warning', true)")
-        connection.execute((files(__package__) / "tables.sql").read_bytes())
+        connection.execute((files(PACKAGE) / "tables.sql").read_bytes())
         connection.execute(
             "insert into orders.stock (product_id, name, opening, on_hand)"
             " select i, n, u, u from unnest(%s::int[], %s::text[], %s::int[]) p(i, n, u) on conflict do nothing",
@@ -124,5 +125,5 @@ def name_carrier(connection: psycopg.Connection[Any], address: str) -> None:
 
 
 def _rows(name: str) -> Iterator[dict[str, str]]:
-    text = (files(__package__) / "data" / f"{name}.csv").read_text("utf-8")
+    text = (files(PACKAGE) / "data" / f"{name}.csv").read_text("utf-8")
     return csv.DictReader(StringIO(text, newline=""))
