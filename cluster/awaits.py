@@ -16,6 +16,7 @@ import msgspec
 from durable_cluster import bridge
 from durable_cluster.commands import EVERY, Alarm, Command, SignalWait
 from durable_cluster.context import short_id
+from durable_cluster.decoding import decoder_of
 from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError
@@ -24,7 +25,6 @@ from durable_cluster.handles import ChildHandle, execution_of, wait_of
 from durable_cluster.notes import Attributes
 from durable_cluster.settings import checked_name
 from durable_cluster.signals import Signal
-from durable_cluster.types import decoder_of
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -140,11 +140,11 @@ _syntax = msgspec.json.Decoder(msgspec.Raw)
 
 
 def _plain(value: Any) -> Any:
-    """What msgspec does not know by itself: models that dump themselves, as pydantic's do."""
+    """What msgspec does not know by itself: models that dump themselves, as pydantic's do, under the names that they read."""
     dump = getattr(value, "model_dump", None)
     if dump is None:
         raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
-    return dump(mode="json")
+    return dump(mode="json", by_alias=True)
 
 
 _encoder = msgspec.json.Encoder(enc_hook=_plain)

@@ -14,6 +14,7 @@ import msgspec
 from durable_cluster import memo
 from durable_cluster.commands import Call, Options
 from durable_cluster.context import Asked, Context
+from durable_cluster.decoding import decoder_of, sentence
 from durable_cluster.durations import Duration
 from durable_cluster.envelope import encode_part
 from durable_cluster.errors import AppError, HandlerError, InputError
@@ -23,7 +24,7 @@ from durable_cluster.machine import Step, checked_timeout_s, demand_callable
 from durable_cluster.memo import Carried, carried_decoder
 from durable_cluster.retry import Retry
 from durable_cluster.settings import checked_name
-from durable_cluster.types import Signature, decoder_of, sentence
+from durable_cluster.types import Signature
 
 if TYPE_CHECKING:
     from durable_cluster.app import App

@@ -23,6 +23,7 @@ from durable_cluster.commands import Call, Command
 from durable_cluster.concurrent import run_several
 from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Done, Fail, Goto, Spawn, Stuck
+from durable_cluster.decoding import decoder_of
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import AppError, HandlerError, InputError, NonDeterminismError, TerminalError
 from durable_cluster.execution import ContinueAsNew, Execution
@@ -34,7 +35,7 @@ from durable_cluster.memo import Asked, Carried, carried_decoder
 from durable_cluster.notes import noted_too
 from durable_cluster.retry import Retry
 from durable_cluster.typed import In, R, TypedMachine
-from durable_cluster.types import Signature, decoder_of, input_of
+from durable_cluster.types import Signature, input_of
 
 if TYPE_CHECKING:
     from durable_cluster.app import App

@@ -12,6 +12,7 @@ import psycopg
 
 from durable_cluster import coordination
 from durable_cluster.client import Handle
+from durable_cluster.decoding import decoder_of
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.handles import ANY, ChildHandle, spawned
@@ -20,7 +21,7 @@ from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.settings import checked_name
-from durable_cluster.types import Signature, checked_key, decoder_of, encoded_input, signature_of
+from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
 if TYPE_CHECKING:
     from durable_cluster.app import App

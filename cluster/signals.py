@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from durable_cluster.envelope import NOT_AN_ENVELOPE, SEQ_MAX, Envelope
+from durable_cluster.decoding import decoder_of, sentence
+from durable_cluster.envelope import NOT_AN_ENVELOPE, SEQ_MAX, Envelope, encode
 from durable_cluster.errors import InputError
 from durable_cluster.settings import NAME_PATTERN
 
@@ -35,10 +36,12 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True):
 
     def payload_as(self, type_: type[T]) -> T:
         """The payload as ``type_``. Raises InputError naming the path of what does not fit."""
+        encoded = encode(self.payload)
         try:
-            return msgspec.convert(self.payload, type_)
+            typed: T = decoder_of(type_, f"the type of signal '{self.name}'").decode(encoded)
         except msgspec.ValidationError as error:
-            raise InputError(f"the payload of signal '{self.name}' does not fit: {error}") from error
+            raise InputError(f"the payload of signal '{self.name}' does not fit: {sentence(error, encoded)}") from error
+        return typed
 
 
 class Waiting(msgspec.Struct, frozen=True):

@@ -6,17 +6,17 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from durable_cluster.context import Context
+from durable_cluster.decoding import sentence
 from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError
 
 KEY_CHARS_MAX = 255
-VALUE_CHARS_MAX = 40
 NOT_OF_A_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -90,59 +90,15 @@ def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, 
     return encoded
 
 
-def decoder_of(type_: Any, what: str) -> msgspec.json.Decoder[Any]:
-    """Reads JSON as ``type_``: what msgspec knows, and pydantic models. Raises AppError naming ``what``."""
-    try:
-        return msgspec.json.Decoder(type_, dec_hook=_validated)
-    except TypeError as error:
-        raise AppError(f"{what} cannot be read from JSON: {error}") from error
-
-
-def _validated(type_: Any, value: Any) -> Any:
-    """A model that validates itself, as pydantic's do; of another class, a value that is of it already."""
-    validate = getattr(type_, "model_validate", None)
-    if validate is not None:
-        return validate(value)
-    if isinstance(value, type_):
-        return value
-    raise TypeError(f"{_type_name(type_)} cannot be read from JSON")
-
-
 def _type_name(of: Any) -> str:
     return getattr(of, "__name__", str(of))
-
-
-def sentence(error: msgspec.ValidationError, encoded: bytes, *, names: Sequence[str] = ()) -> str:
-    """msgspec says: Expected `int`, got `str` - at `$.lines[2].quantity`. The value that stands there is added.
-
-    ``names``: of the elements, where ``encoded`` is an array of arguments.
-    """
-    text, _, path = str(error).replace("`", "").partition(" - at ")
-    value = _value_at(msgspec.json.decode(encoded), path)
-    shown = "" if isinstance(value, dict | list) else f" ({msgspec.json.encode(value).decode()[:VALUE_CHARS_MAX]})"
-    path = re.sub(r"^\$\.?", "", path)
-    if names and (place := re.match(r"\[(\d+)\]", path)):
-        path = names[int(place[1])] + path[place.end() :]
-    return f"{path}: {text[:1].lower()}{text[1:]}{shown}" if path else f"{text}{shown}"
-
-
-def _value_at(value: Any, path: str) -> Any:
-    """What stands at msgspec's ``path``, as far as it can be followed: ``[...]`` is any key of a mapping."""
-    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
-        if name and isinstance(value, dict) and name in value:
-            value = value[name]
-        elif index.isdecimal() and isinstance(value, list) and int(index) < len(value):
-            value = value[int(index)]
-        else:
-            break
-    return value
 
 
 def _unknown_path(given: Any, kept: Any, path: str) -> str | None:
     """The path of the first key in ``given`` (plain JSON) that decoding it as ``kept`` dropped, or None."""
     pairs: list[tuple[str, Any, Any]] = []
-    if isinstance(kept, msgspec.Raw):
-        return None  # it is kept as it is
+    if isinstance(kept, msgspec.Raw) or hasattr(kept, "model_dump"):
+        return None  # it is kept as it is; a model says itself what it allows
     if isinstance(given, dict):
         fields = _fields(kept)
         for key, value in given.items():
