@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,8 @@ class Workflow(TypedMachine[In, R]):
         self._own(RESUME, self._resume)
         self._own(SEVERAL, self._run_several, is_async=True, timeout_s=SEVERAL_TIMEOUT_S)
         self.on_cancel = self._own(CANCELLED, self._clean_up)
-        self._known: OrderedDict[str, Execution] = OrderedDict()
+        self._known: dict[str, Execution] = {}
+        self._lock = threading.Lock()
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
 
@@ -164,7 +164,8 @@ class Workflow(TypedMachine[In, R]):
 
     def execution(self, ctx: Context, carried: Carried) -> Execution:
         """The function where this step event finds it: taken out of what is known here, or entered anew."""
-        known = self._known.pop(ctx.workflow_id, None)
+        with self._lock:
+            known = self._known.pop(ctx.workflow_id, None)
         if known is not None:
             if known.expects == bytes(ctx.envelope.state) and (
                 not known.is_sync or known.thread_id == threading.get_ident()
@@ -282,24 +283,28 @@ class Workflow(TypedMachine[In, R]):
 
     def forget_all(self) -> None:
         """Put away every function that is kept: the next step of each enters it anew."""
-        while self._known:
-            self._known.popitem()[1].close()
+        with self._lock:
+            known = list(self._known.values())
+            self._known.clear()
+        for execution in known:
+            execution.close()
 
     def _keep(self, workflow_id: str, execution: Execution) -> None:
         """Keep the function for its next step. Where there is no room, who is there stays, but for who has not been used for long.
 
         Steps come round by turns: to put away the least recently used would be to put away each just before its turn.
         """
-        known, now = self._known, time.monotonic()
-        if len(known) >= self.app.settings.functions_max:
-            oldest = next(iter(known.values()), None)
-            if oldest is None or now - oldest.kept_at < UNUSED_S:
-                execution.close()
-                return
-            known.popitem(last=False)
-            oldest.close()
-        execution.kept_at = now
-        known[workflow_id] = execution
+        now, leaving = time.monotonic(), None
+        with self._lock:  # steps end in several threads
+            if len(self._known) >= self.app.settings.functions_max:
+                oldest = next(iter(self._known), None)
+                is_unused = oldest is not None and now - self._known[oldest].kept_at > UNUSED_S
+                leaving = self._known.pop(oldest) if oldest is not None and is_unused else execution
+            if leaving is not execution:
+                execution.kept_at = now
+                self._known[workflow_id] = execution
+        if leaving is not None:
+            leaving.close()
 
     def _own(
         self,
