@@ -144,7 +144,7 @@ def test_an_answer_that_comes_after_the_step_was_given_to_another_is_dropped(
     until(first, lambda: detached(conn) == 1)
     statements.abandon(conn, first.owner)
     GATE.set()
-    until(first, lambda: not first.expects_work(0))
+    until(first, lambda: not first._aside.is_busy)
     assert handle.status() == "running", "nobody but the owner of the row hands it on"
     until(consume(app), lambda: handle.status() == "completed")
     assert conn.execute("select count(*) from durable.finished").fetchone() == (1,)
