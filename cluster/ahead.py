@@ -15,16 +15,14 @@ import msgspec
 
 from durable_cluster import memo
 from durable_cluster.commands import Call
-from durable_cluster.context import Asked, Context
+from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Goto, Retrying, Stuck
-from durable_cluster.errors import NOT_RETRIED, TerminalError
+from durable_cluster.errors import NOT_RETRIED, STEP_FAILURES, TerminalError
 from durable_cluster.failures import failure_of
 from durable_cluster.notes import noted_too
 
 if TYPE_CHECKING:
     from durable_cluster.execution import Execution, Pending
-
-FAILURES = (Exception, SystemExit)
 
 
 class FirstAttemptFailed(Exception):
@@ -69,10 +67,10 @@ class Ahead:
     def _answer(self, execution: Execution, key: str, call: Any) -> tuple[bytes, Any]:
         function, context = call.function, self._ctx
         if function.takes_context:
-            context = _context(self._ctx, execution, key, call)
+            context = execution.context_of(self._ctx, key, call.name)
         try:
             encoded, decoded = function.answer_of(function.run(context, msgspec.Raw(call.args)))
-        except FAILURES as error:
+        except STEP_FAILURES as error:
             self._failed = key, error, context
             raise FirstAttemptFailed from error
         else:
@@ -90,13 +88,6 @@ def _quick(execution: Execution) -> Pending | None:
     command = only.command
     is_quick = type(command) is Call and command.function.is_quick and command.options.timeout_s is None
     return only if is_quick and not only.future.done() else None
-
-
-def _context(ctx: Context, execution: Execution, key: str, call: Call) -> Context:
-    envelope = msgspec.structs.replace(ctx.envelope, step=call.name, attempt=1, progress=None)
-    context = Context(execution.workflow, envelope)
-    context.answers(Asked(execution.carried.run, key, execution.tokens + 1))
-    return context
 
 
 def _failed(execution: Execution, pending: Pending, error: BaseException, context: Context) -> Continuation | None:

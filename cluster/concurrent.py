@@ -13,15 +13,13 @@ import msgspec
 
 from durable_cluster import memo
 from durable_cluster.commands import Alarm, Call
-from durable_cluster.context import Asked, Context
+from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Goto, Stuck
 from durable_cluster.envelope import encode
-from durable_cluster.errors import NOT_RETRIED, StepTimeout, TerminalError
+from durable_cluster.errors import NOT_RETRIED, STEP_FAILURES, StepTimeout, TerminalError
 from durable_cluster.execution import Execution, Pending
 from durable_cluster.failures import failure_of
 from durable_cluster.notes import noted_too
-
-FAILURES = (Exception, SystemExit)
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -90,13 +88,20 @@ class _Several:
                 self.running[key] = asyncio.create_task(self._call(key, command))
 
     def _answer(self) -> None:
-        """Feed the function with what has ended, one at a time, steps before times that are over."""
-        for key in [key for key, task in self.running.items() if task.done()]:
-            answered = self.running.pop(key).result()
+        """Feed the function with what has ended, one at a time: what went well, what failed, then times that are over.
+
+        A failure that nobody catches ends this: whatever else failed at that time is not on record, and is retried with it.
+        """
+        ended = {key: task.result() for key, task in self.running.items() if task.done()}
+        for key in sorted(ended, key=lambda key: ended[key].error is not None):
+            del self.running[key]
+            answered = ended[key]
             if key not in self.execution.pending:
                 continue
             if answered.error is not None:
                 self._fail(key, answered.error)
+                if self.end is not None:
+                    return
             else:
                 entry = memo.completed(key, answered.encoded)
                 self.said.append(msgspec.Raw(entry))
@@ -130,14 +135,12 @@ class _Several:
         timeout_s = call.options.timeout_s or function.timeout_s
         attempt, said = 1, None
         while True:
-            of = msgspec.structs.replace(self.ctx.envelope, step=function.name, attempt=attempt, progress=said)
-            context = Context(self.execution.workflow, of)
-            context.answers(Asked(self.execution.carried.run, key, self.execution.tokens + 1))
+            context = self.execution.context_of(self.ctx, key, function.name, attempt=attempt, progress=said)
             try:
                 async with asyncio.timeout(timeout_s) as limit:
                     value = await self._run(call, context)
                 encoded, decoded = function.answer_of(value)
-            except FAILURES as error:
+            except STEP_FAILURES as error:
                 known = _timed_out(call, timeout_s) if isinstance(error, TimeoutError) and limit.expired() else error
                 if (
                     attempt >= policy.attempts

@@ -134,6 +134,9 @@ class ResultTimeout(DurableError, TimeoutError):
 NOT_RETRIED = (HandlerError, ConfigurationError, InputError, NonDeterminismError)
 """Mistakes in the code: another attempt would fail the same way; a dead letter waits for a better version."""
 
+STEP_FAILURES = (Exception, SystemExit)
+"""What a function of a user's may raise that is a failure of its own."""
+
 BY_SQLSTATE: dict[str, type[DurableError]] = {
     "DC001": BatchLost,
     "DC002": InputError,

@@ -11,9 +11,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import structs
 
 from durable_cluster import memo
 from durable_cluster.commands import Alarm, Command
+from durable_cluster.context import Asked, Context
 from durable_cluster.envelope import encode
 from durable_cluster.errors import ChildFailed, NonDeterminismError
 from durable_cluster.failures import is_in, rebuilt
@@ -113,8 +115,7 @@ class Execution:
     def answer(self, key: str, encoded: bytes, value: Any) -> None:
         """An await came to ``value``; ``encoded``: its entry. On to where the function waits again."""
         pending = self.pending.pop(key)
-        self._record(key, encoded)
-        self.turn += 1
+        self.record_entry(key, encoded)
         if pending.future.done():
             pass
         elif isinstance(value, Exception):
@@ -126,8 +127,7 @@ class Execution:
     def fail(self, key: str, failure: Failure) -> None:
         """A step failed for good."""
         pending = self.pending.pop(key)
-        self._record(key, memo.failed(key, failure))
-        self.turn += 1
+        self.record_entry(key, memo.failed(key, failure))
         self._raise(pending, failure)
         self.loop.run_ready()
 
@@ -207,6 +207,12 @@ class Execution:
         self.expects = encode(carried)
         return self.expects
 
+    def context_of(self, ctx: Context, key: str, step: str, *, attempt: int = 1, progress: Any = None) -> Context:
+        """What one of several steps is told that run in the event of ``ctx``."""
+        context = Context(self.workflow, structs.replace(ctx.envelope, step=step, attempt=attempt, progress=progress))
+        context.answers(Asked(self.carried.run, key, self.tokens + 1))
+        return context
+
     # From the workflow's own lines.
 
     def begin(self, command: Command, key: str = "") -> asyncio.Future[Any]:
@@ -268,7 +274,7 @@ class Execution:
 
     def patched(self, name: str) -> bool:
         """Whether this run takes the change called ``name``: it was not past it before the change was made."""
-        if name not in self._patches and not self._has_recorded_ahead():
+        if name not in self._patches and not self._unread:
             self._patches.add(name)
         return name in self._patches
 
@@ -315,13 +321,10 @@ class Execution:
             pending.future.set_exception(error)
 
     def record_entry(self, key: str, encoded: bytes) -> None:
-        """What an await came to that did not have to wait."""
-        self._record(key, encoded)
-        self.turn += 1
-
-    def _record(self, key: str, encoded: bytes) -> None:
+        """What an await came to; of one that did not have to wait, all there is to do."""
         self._keys.append(key)
         self._entries.append(encoded)
+        self.turn += 1
 
     def key(self, name: str) -> str:
         """Where the function stands now: a position of its own, and this name."""
@@ -342,8 +345,7 @@ class Execution:
             self._refuse_recorded(entry.key)
             return
         self._unread.pop(entry.key.partition(" ")[0], None)
-        self._record(entry.key, encoded)
-        self.turn += 1
+        self.record_entry(entry.key, encoded)
         if pending.future.done():
             pass
         elif entry.failure is not None:
@@ -362,13 +364,9 @@ class Execution:
         self._set_wrong(f"{_told(key)} is recorded, and the code now {now}")
 
     def _cancel(self, reason: str, encoded: bytes) -> None:
-        self._record(CANCEL_KEY, encoded)
-        self.turn += 1
+        self.record_entry(CANCEL_KEY, encoded)
         self.main.cancel(reason)
         self.loop.run_ready()
-
-    def _has_recorded_ahead(self) -> bool:
-        return bool(self._unread)
 
     def _refuse(self, what: str) -> None:
         self._set_wrong(what)

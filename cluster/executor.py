@@ -15,7 +15,7 @@ import psycopg
 from durable_cluster.context import Context, short_id
 from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Retrying, Sleep, Spawn, Stuck, Wait
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.errors import NOT_RETRIED, DurableError, HandlerError, StepTimeout, TerminalError
+from durable_cluster.errors import NOT_RETRIED, STEP_FAILURES, DurableError, HandlerError, StepTimeout, TerminalError
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.limits import LIMIT, OF_STEP, OF_WORKFLOW, Pump, Queued, pump_of, without_permit
 from durable_cluster.notes import SETTING, Noted, Setting, setting_of
@@ -32,7 +32,7 @@ REASON_CHARS_MAX = 1_000
 UNROUTED_PAUSE_S_MAX = 60.0
 UNROUTED_DOUBLINGS = 6
 
-FAILURES = (Exception, asyncio.CancelledError, SystemExit)
+FAILURES = (*STEP_FAILURES, asyncio.CancelledError)
 """What a handler may raise to fail its own step. A cancellation is none of ours, or of a step whose result nobody waits for."""
 
 
@@ -248,9 +248,9 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
         return dead_letter(envelope, "given_up", reason, trace=_trace(error))
     is_given_up = isinstance(error, TerminalError) or not policy.is_retried(error)
     if is_given_up or spent >= policy.attempts:
-        instead = task.machine.after_failure(task, error)
+        instead = _after_failure(task, error)
         if instead is not None:
-            return conclude(task, instead)
+            return instead
         if isinstance(error, TerminalError):
             return failure(envelope, reason, trace=_trace(error))
         return dead_letter(envelope, "given_up" if is_given_up else "attempts", reason, trace=_trace(error))
@@ -259,6 +259,17 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
         without_permit(envelope), seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
     )
     return Later(again, pause_s)
+
+
+def _after_failure(task: Task, error: BaseException) -> Result | None:
+    """What its workflow does about it, if it does anything: lines of a user's, which may fail too; then nothing is done."""
+    try:
+        instead = task.machine.after_failure(task, error)
+        return None if instead is None else conclude(task, instead)
+    except FAILURES as problem:
+        told = (task.envelope.step, short_id(task.envelope.workflow_id), _reason(problem))
+        logger.warning("step '%s' of %s… failed, and its workflow could not be told: %s", *told)
+        return None
 
 
 def dead_letter(envelope: Envelope, kind: str, reason: str, *, trace: str | None = None) -> DeadLetter:

@@ -323,6 +323,18 @@ def test_detached_steps_are_inserted_and_deleted_once_and_never_updated(
     assert changes() == (0, 10)
 
 
+def test_a_page_is_read_about_as_long_as_it_runs(dsn: str, consume: Callable[[App], Consumer]) -> None:
+    reader = consume(gated(dsn))
+
+    def lines_after(begun: int, read: int) -> int:
+        reader._fit_pages(begun, read)
+        return reader._limits["lines_max"]
+
+    assert [lines_after(500, 1_000), lines_after(200, 1_000), lines_after(1, 400)] == [1_000, 400, 16]
+    assert [lines_after(15, 15), lines_after(16, 16), lines_after(32, 32)] == [16, 32, 64]
+    assert [lines_after(64, 64)] + [lines_after(n, n) for n in (128, 256, 512, 1_000)] == [128, 256, 512, 1_000, 1_000]
+
+
 def test_a_run_until_idle_ends_what_was_too_much_to_run_at_once(dsn: str) -> None:
     app = App("crowded", dsn=dsn, settings=Settings(detached_max=2))
     machine = app.machine("crowded", state=int)

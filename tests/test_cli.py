@@ -19,6 +19,7 @@ import msgspec
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from said import Said, Say
 
 from durable_cluster.ops.cli import main
 
@@ -81,21 +82,6 @@ def answered(ctx: Context, n: int) -> Continuation:
 """
 
 
-class Ran(msgspec.Struct, frozen=True):
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.out)
-
-
-Say = Callable[..., Ran]
-
-
 class Cluster:
     """A cluster started by the command, and a way to ask the command about it."""
 
@@ -125,7 +111,7 @@ class Cluster:
             **more,
         )
 
-    def ask(self, *words: str, text: str = "", timeout: float = 60) -> Ran:
+    def ask(self, *words: str, text: str = "", timeout: float = 60) -> Said:
         done = subprocess.run(
             [*COMMAND, *words],
             cwd=self.home,
@@ -136,9 +122,9 @@ class Cluster:
             check=False,
             timeout=timeout,
         )
-        return Ran(done.returncode, done.stdout, done.stderr)
+        return Said(done.returncode, done.stdout, done.stderr)
 
-    def run(self, *words: str, text: str = "") -> Ran:
+    def run(self, *words: str, text: str = "") -> Said:
         return self.ask("run", *words, "--app", "flows:app", text=text)
 
 
@@ -184,11 +170,11 @@ def say(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             monkeypatch.delenv(name)
     monkeypatch.setenv("DURABLE_DSN", cluster.dsn)
 
-    def run(*words: str) -> Ran:
+    def run(*words: str) -> Said:
         capsys.readouterr()
         code = main(words)
         said = capsys.readouterr()
-        return Ran(code, said.out, said.err)
+        return Said(code, said.out, said.err)
 
     return run
 

@@ -31,6 +31,7 @@ from durable_cluster import (
     compensation,
     continue_as_new,
     current,
+    executor,
     first,
     gather,
     loop,
@@ -45,7 +46,9 @@ from durable_cluster import (
     sleep,
     uuid4,
     wait_for,
+    waits,
 )
+from durable_cluster.envelope import Envelope
 
 ONCE = Retry(attempts=1)
 TWICE = Retry(attempts=2, backoff=0.001)
@@ -429,6 +432,88 @@ def test_a_step_that_fails_in_a_gather_is_retried_there_and_stuck_alone(app: App
     handle.retry()
     assert ran(app, handle) == [0, 1, 2, 3]
     assert sorted(calls) == [0, 1, 2, 2, 2, 3], "what has ended is not run again"
+
+
+def test_two_steps_that_fail_at_one_time_are_both_retried(app: App) -> None:
+    is_broken = [True]
+
+    @app.step(retry=ONCE)
+    async def act(n: int) -> int:
+        if is_broken[0]:
+            raise RuntimeError("out of order")
+        return n
+
+    @app.workflow
+    async def fan(n: int) -> list[int]:
+        return await gather(*(act(k) for k in range(n)))
+
+    handle = fan.start(3)
+    app.run(until_idle=True)
+    with pytest.raises(WorkflowStuck, match="out of order"):
+        handle.result(timeout=1)
+    is_broken[0] = False
+    handle.retry()
+    assert ran(app, handle) == [0, 1, 2]
+
+
+def test_a_step_that_fails_in_a_function_that_cannot_be_entered_any_more_is_a_dead_letter(app: App) -> None:
+    def declare(app: App, input_type: Any) -> Any:
+        @app.step(retry=ONCE)
+        async def fail() -> None:
+            raise RuntimeError("out of order")
+
+        async def work(value: Any) -> None:
+            await wait_for("go")
+            await fail()
+            await fail.opts(timeout="9s")()
+
+        work.__annotations__["value"] = input_type
+        return app.workflow(work)
+
+    handle = declare(app, int).start(1)
+    app.run(until_idle=True)
+    envelope = Envelope(handle.id, 2, "work", "fail", 1, msgspec.Raw(b'{"i":1,"m":[],"a":["2 fail",[]]}'))
+    with another(app) as changed:
+        declare(changed, str)
+        task = executor.resolve(changed.machines, envelope, limit_s=1)
+        assert isinstance(task, executor.Task)
+        letter = executor.failed(task, RuntimeError("out of order"), executor.context_of(task))
+    assert isinstance(letter, executor.DeadLetter)
+    assert letter.details["reason"] == "RuntimeError: out of order"
+
+
+def test_a_function_that_went_on_in_an_event_that_failed_is_entered_anew(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [psycopg.OperationalError("the server is away")]
+    asked = waits.group_of
+
+    def group_of(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return asked(*args)
+
+    monkeypatch.setattr(waits, "group_of", group_of)
+
+    @app.workflow
+    async def child(n: int) -> int:
+        await wait_for("go")
+        return n
+
+    @app.workflow
+    async def parent(n: int) -> int:
+        one, other = child.spawn(1), child.spawn(2)
+        await wait_for("begin")
+        return await one + await other
+
+    handle = parent.start(0)
+    app.run(until_idle=True)
+    handle.signal("begin")
+    app.run(until_idle=True)
+    assert not failures
+    for one in handle.children():
+        app.get(one.id).signal("go")
+    assert ran(app, handle) == 3
 
 
 def test_a_timeout_of_asyncio_cancels_the_step_and_the_function_goes_on(app: App) -> None:
