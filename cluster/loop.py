@@ -111,7 +111,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """A branch that failed with nobody to hear of it."""
         error = context.get("exception")
-        said = repr(error) if self.execution.workflow.app.payloads.codec is None else type(error).__name__
+        is_quoted = error is None or self.execution.workflow.app.payloads.codec is None
+        said = repr(error) if is_quoted else type(error).__name__
         logger.warning("in a workflow: %s: %s", context.get("message"), said)
 
     def close(self) -> None:
