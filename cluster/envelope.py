@@ -1,4 +1,4 @@
-"""One JSON line of the log, one page of them, and the only codec.
+"""One JSON line of the log, one page of them, and their only reader and writer.
 
 An envelope carries a step event: which workflow (its whole id: the log is as secret as the table of ids), its step number, the
 step to run and the state it runs with. Fields this version does not know are tolerated.

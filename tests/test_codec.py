@@ -379,7 +379,7 @@ def test_values_come_back_as_they_went_through_machines_of_every_kind_of_step(ds
         handles = machine.start_many(values)
         for handle in handles:
             handle.signal("go", {"of": handle.workflow})
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         for handle, value in zip(handles, values, strict=True):
             assert handle.result(timeout=5) == [value, value, {"of": "flow"}]
             assert msgspec.json.decode(handle.state().output or "") == [value, value, {"of": "flow"}]
@@ -418,9 +418,9 @@ def test_linear_workflows_go_on_where_they_were(dsn: str, functions_max: int) ->
             return [both, word, children, turn.state, len(chance)]
 
         handle = whole.start(-3)
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         handle.signal("word", "yes")
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         assert handle.result(timeout=5) == [[6, 4], "yes", [2, 4], 7, 8]
 
 
@@ -437,7 +437,7 @@ def test_a_function_that_is_kept_is_found_by_its_state_and_not_entered_anew(app:
         return await double(await double(await double(number)))
 
     handle = work.start(1)
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert handle.result(timeout=5) == 8
     assert entered == [1]
 
@@ -457,7 +457,7 @@ def test_the_codec_is_asked_once_for_each_value_of_a_step_and_not_for_each_that_
             return number
 
         handle = work.start(0)
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         kinds = [where.kind for where in codec.encoded]
         assert kinds == ["input", *["state"] * 10, "result"]
         assert [where.kind for where in codec.decoded] == ["input", *["state"] * 10]
@@ -479,7 +479,7 @@ def test_a_wait_whose_two_ends_are_the_same_is_coded_once_and_kept_once(conn: Co
             return ctx.done(state)
 
         machine.start("x")
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         assert [where.kind for where in codec.encoded] == ["input", "state"]
         assert one(conn, "select signal_line is null from durable.wait")
 
@@ -498,7 +498,7 @@ def test_progress_is_read_by_onlookers_and_by_the_next_attempt(app: App) -> None
         return ctx.done()
 
     handle = machine.start(None)
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert seen == [None, {"done": 3}]
     assert handle.progress() == {"all": 4}
 
@@ -521,7 +521,7 @@ def test_of_several_steps_at_once_the_next_attempt_finds_what_the_last_one_said(
             return await gather(slow(1), slow(2))
 
         handle = both.start()
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         assert handle.result(timeout=5) == [1, 2]
     assert sorted(map(str, seen)) == ["None", "None", "{'done': 1}", "{'done': 2}"]
 
@@ -534,12 +534,12 @@ def test_a_schedule_brings_its_input_and_the_due_time(app: App, conn: Connection
         return ctx.done(state)
 
     app.schedule("hourly", "0 * * * *", machine, {"city": "Ulm"}, due_as="due")
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     app.schedules.create("daily", "@daily", machine, {"city": "Bonn"})
     app.schedules.change("daily", value={"city": "Jena"})
     assert one(conn, "select count(*) from durable.schedule where input like %s", f"{CODED}%") == 2
     handles = [app.schedules.trigger(name).handle for name in ("hourly", "daily")]
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     hourly, daily = (handle.result(timeout=5) for handle in handles if handle is not None)
     assert (hourly["city"], sorted(hourly), daily) == ("Ulm", ["city", "due"], {"city": "Jena"})
 
@@ -565,14 +565,14 @@ def waiting_in(app: App) -> Any:
 def test_what_was_written_plain_is_read_as_it_is(app: App, conn: Connection, dsn: str) -> None:
     with another(dsn) as before:
         early = waiting_in(before).start("early")
-        before.run(until_idle=True)
+        before.run(until_idle=True, timeout=10)
         assert CODED not in one(conn, "select line from durable.wait")
     waiting_in(app)
     late = one(conn, "select durable.hex(id) from durable.start('flow', 1, 'begin', '\"late\"')")
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     for workflow_id in (early.id, late):
         conn.execute("select durable.signal(%s, 'go', '{\"from\": \"SQL\"}')", (workflow_id,))
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert app.get(early.id).result(timeout=5) == ["early", {"from": "SQL"}]
     assert app.get(late).result(timeout=5) == ["late", {"from": "SQL"}]
     assert one(conn, "select bool_and(output like %s) from durable.finished", f"{CODED}%")
@@ -590,7 +590,7 @@ def test_a_step_that_nobody_can_read_costs_no_attempt_and_waits_for_who_can(
         "step 'begin': the input of workflow 'flow' is coded, and this program's App has no codec: give it the one that wrote it;"
         f" {handle.id[:12]}… waits for a process that can run it" in caplog.text
     )
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     handle.signal("go", "hidden too")
     with another(dsn, AesGcm({1: OTHER_KEY})) as wrong:
         waiting_in(wrong)
@@ -600,7 +600,7 @@ def test_a_step_that_nobody_can_read_costs_no_attempt_and_waits_for_who_can(
         in caplog.text
     )
     assert handle.status() == "running"
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert handle.result(timeout=5) == ["hidden", "hidden too"]
     assert one(conn, "select count(*) from durable.dead_letter") == 0
 
@@ -609,24 +609,24 @@ def test_after_a_while_it_is_a_dead_letter_which_a_retry_takes_up_again(app: App
     handle = waiting_in(app).start("hidden")
     with another(dsn, unroutable_limit_s=0.5) as blind:
         waiting_in(blind)
-        blind.run(until_idle=True)
+        blind.run(until_idle=True, timeout=10)
         with pytest.raises(WorkflowStuck, match="step 'begin': the input of workflow 'flow' is coded"):
             blind.get(handle.id).result(timeout=5)
     handle.retry()
     handle.signal("go", 1)
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert handle.result(timeout=5) == ["hidden", 1]
 
 
 def test_a_signal_that_nobody_can_read_waits_too(app: App, dsn: str) -> None:
     with another(dsn) as before:
         handle = waiting_in(before).start("plain")
-        before.run(until_idle=True)
+        before.run(until_idle=True, timeout=10)
         app.get(handle.id).signal("go", "hidden")
         before.run(timeout=0.5)
         assert handle.status() == "running"
     waiting_in(app)
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert app.get(handle.id).result(timeout=5) == ["plain", "hidden"]
 
 
@@ -647,7 +647,7 @@ def test_who_asks_without_the_codec_is_told_what_is_coded(app: App, dsn: str) ->
         return ctx.fail(f"no luck: {state}")
 
     handle, failing = machine.start("hidden"), parent.start("hidden")
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     with another(dsn) as blind:
         known, failed = blind.get(handle.id), blind.get(failing.id)
         assert known.status() == "completed"
@@ -685,7 +685,7 @@ def test_a_value_in_another_workflow_s_place_is_not_read(app: App, conn: Connect
 
     healed: list[bool] = []
     mine, yours = machine.start_many([1, 2])
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     if what == "result":
         output = one(conn, "select output from durable.finished where id = %s", yours.id)
         conn.execute("update durable.finished set output = %s where id = %s", (output, mine.id))
@@ -734,11 +734,11 @@ def test_a_value_that_only_looks_coded_waits_as_one_that_cannot_be_read(app: App
 def test_old_keys_are_read_and_the_newest_writes(dsn: str, conn: Connection) -> None:
     with another(dsn, AesGcm({1: KEY})) as old:
         handle = waiting_in(old).start("hidden")
-        old.run(until_idle=True)
+        old.run(until_idle=True, timeout=10)
     with another(dsn, AesGcm({1: KEY, 2: OTHER_KEY})) as rotated:
         waiting_in(rotated)
         rotated.get(handle.id).signal("go", 1)
-        rotated.run(until_idle=True)
+        rotated.run(until_idle=True, timeout=10)
         assert rotated.get(handle.id).result(timeout=5) == ["hidden", 1]
     with another(dsn, AesGcm({2: OTHER_KEY})) as new:
         assert new.get(handle.id).result(timeout=5) == ["hidden", 1]
@@ -756,7 +756,7 @@ def test_an_object_that_is_missing_is_waited_for(dsn: str, tmp_path: Path) -> No
         assert handle.status() == "running"
         file.write_bytes(held)
         handle.signal("go", "y")
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         assert handle.result(timeout=5) == ["x" * 200, "y"]
 
 
@@ -776,7 +776,7 @@ def test_what_counts_is_the_size_when_coded(dsn: str) -> None:
         with pytest.raises(InputError, match="bytes when coded"):
             machine.child(noise)
         handle = machine.start("small")
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         with pytest.raises(WorkflowStuck, match=r"handed on 26\d,\d{3} bytes when coded, the limit is 262,144"):
             handle.result(timeout=5)
     with another(dsn, Zlib()) as small:
@@ -790,7 +790,7 @@ def test_what_counts_is_the_size_when_coded(dsn: str) -> None:
             return await repeat(word)
 
         large = work.start("x" * 1_000_000)
-        small.run(until_idle=True)
+        small.run(until_idle=True, timeout=10)
         assert large.result(timeout=5) == "x" * 3_000_000
 
 
@@ -802,7 +802,7 @@ def test_of_a_failure_the_class_stays_readable_and_its_texts_are_told_to_who_can
 ) -> None:
     summed = sum_of(app)
     handle = summed.start([1, "hidden"])
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     details = msgspec.json.decode(one(conn, "select details from durable.dead_letter"))
     assert sorted(details) == ["attempt", "reason", "seq", "step", "texts"]
     assert (details["reason"], details["step"], details["attempt"]) == ("ValueError (what it says is coded)", "add", 1)
@@ -815,6 +815,45 @@ def test_of_a_failure_the_class_stays_readable_and_its_texts_are_told_to_who_can
     with pytest.raises(WorkflowFailed, match=r"ValueError: invalid literal .* 'hidden'"):
         handle.result(timeout=5)
     assert "Traceback" in msgspec.json.decode(handle.state().output or "")["traceback"]
+
+
+class Card:
+    """A model that reads itself, and says what it was given if it does not like it."""
+
+    is_closed = False
+
+    def __init__(self, number: str) -> None:
+        self.number = number
+
+    @classmethod
+    def model_validate_json(cls, given: bytes) -> Card:
+        if cls.is_closed:
+            raise ValueError(f"{given!r} is closed")
+        return cls(msgspec.json.decode(given))
+
+    def model_dump(self, **_: Any) -> str:
+        return self.number
+
+
+def test_a_log_says_no_more_of_a_failure_than_its_class(
+    dsn: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with another(dsn, AesGcm({1: KEY}), functions_max=0) as app:
+
+        @app.step(retry=ONCE)
+        async def act() -> str:
+            monkeypatch.setattr(Card, "is_closed", True)
+            raise Fragile
+
+        @app.workflow
+        async def work(card: Card) -> str:
+            return await act()
+
+        handle = work.start(Card("hidden"))
+        app.run(until_idle=True, timeout=10)
+        assert handle.status() == "stuck"
+    assert "failed, and its workflow could not be told: HandlerError" in caplog.text
+    assert "hidden" not in caplog.text
 
 
 def test_a_parent_reads_why_its_child_failed(app: App) -> None:
@@ -833,7 +872,7 @@ def test_a_parent_reads_why_its_child_failed(app: App) -> None:
         return ctx.done([result.reason for result in ctx.results])
 
     handle = machine.start("luck")
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert handle.result(timeout=5) == ["no luck"]
 
 
@@ -854,11 +893,11 @@ def test_a_codec_that_fails_is_a_failed_attempt_whose_words_quote_nothing(
         assert str(told.value) == "the input of workflow 'flow' cannot be coded by codec Fickle: OSError"
         once, twice = machine.start_many(["hidden", "hidden"])
         codec.fails = 1
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         assert [one.status() for one in (once, twice)] == ["completed", "completed"]
         stuck = machine.start("hidden")
         codec.fails = 2
-        app.run(until_idle=True)
+        app.run(until_idle=True, timeout=10)
         with pytest.raises(
             WorkflowStuck, match="the result of workflow 'flow' cannot be coded by codec Fickle: OSError"
         ):
@@ -878,20 +917,20 @@ def test_an_edited_state_is_coded_as_the_one_it_replaces(app: App, conn: Connect
         return ctx.done(10 // (state - 2))
 
     handle = machine.start(1)
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     handle.retry(2)
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     with pytest.raises(WorkflowStuck, match="ZeroDivisionError"):
         handle.result(timeout=5)
     handle.retry(3)
     assert not one(conn, "select count(*) from durable.dead_letter")
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert handle.result(timeout=5) == 10
 
 
 def test_a_linear_workflow_goes_on_with_an_edited_state(app: App, conn: Connection) -> None:
     handle = sum_of(app).start([1, 2, "three"])
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     where = Where("summed", "state", handle.id)
     coded = one(conn, "select durable.dead_letter_state(%s)", handle.id)
     assert coded.startswith(CODED)
@@ -900,7 +939,7 @@ def test_a_linear_workflow_goes_on_with_an_edited_state(app: App, conn: Connecti
     with pytest.raises(InputError, match="does not fit"):
         handle.retry({**state, "i": "no list"})
     handle.retry(state)
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     assert handle.result(timeout=5) == 6
 
 
@@ -945,7 +984,7 @@ def test_the_cleanup_of_a_workflow_that_has_not_begun_finds_its_input(
         started = [kind.start("hidden", after="1h") for kind in (machine, saga)]
     for handle in started:
         handle.cancel("enough")
-    app.run(until_idle=True)
+    app.run(until_idle=True, timeout=10)
     for handle in started:
         with pytest.raises(WorkflowCancelled, match="enough"):
             handle.result(timeout=5)
@@ -975,7 +1014,7 @@ def test_what_has_ended_of_several_is_undone_when_the_others_are_cancelled(
         await gather(each("a"), each("b"))
 
     handle = saga.start()
-    runner = threading.Thread(target=app.run, kwargs={"until_idle": True})
+    runner = threading.Thread(target=app.run, kwargs={"until_idle": True, "timeout": 30})
     runner.start()
 
     def reported() -> int:
