@@ -235,6 +235,8 @@ def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | 
         returned.tolerance,
         returned.cancels_rest,
         returned.keeps_group,
+        returned.names,
+        returned.token_seq,
     )
 
 
