@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import msgspec
 
+from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Client, Handle
 from durable_cluster.clock import Clock
 from durable_cluster.context import Context
@@ -232,6 +233,9 @@ class App:
             key=key,
         )
         return listed(self.client.connection(), which, limit=limit, after=after)
+
+    get_async = asynchronous(get)
+    list_async = asynchronous(list)
 
     def encoded_state(self, workflow: str, step: str, value: Any) -> str:
         """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-import psycopg
 
 from durable_cluster import coordination
+from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Handle
 from durable_cluster.decoding import decoder_of
 from durable_cluster.durations import Duration, beginning, seconds
@@ -21,6 +21,7 @@ from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.settings import checked_name
+from durable_cluster.transactions import Transaction
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
 if TYPE_CHECKING:
@@ -158,14 +159,15 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
         Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
         database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
         done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it joins that
-        connection's transaction: both commit or neither. Raises InputError before anything is written.
+        connection's transaction: both commit or neither; a psycopg connection, or one that SQLAlchemy (also as a session) or
+        Django holds. Raises InputError before anything is written.
         """
         begin = beginning(after=after, at=at)
         first = self._first()
@@ -195,7 +197,7 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | Sequence[Attributes | None] | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> Sequence[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
@@ -257,6 +259,10 @@ class Machine:
             return self.app.client.by_key(self.name, checked_key(key))
         except InputError as error:
             raise UnknownWorkflow(f"no workflow '{self.name}' with such a key: {error}") from error
+
+    start_async = asynchronous(start)
+    start_many_async = asynchronous(start_many)
+    get_async = asynchronous(get)
 
     def after_failure(self, task: Task, error: BaseException) -> Continuation | None:
         """What the workflow does about a step that failed for good; None: it is a dead letter."""
