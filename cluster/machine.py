@@ -16,6 +16,7 @@ from durable_cluster.decoding import decoder_of
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.handles import ANY, ChildHandle, spawned
+from durable_cluster.interactive import is_interactive
 from durable_cluster.joins import Child
 from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
@@ -131,6 +132,8 @@ class Machine:
         return register
 
     def _demand_possible(self, step_name: str, *, start: bool, on_cancel: bool) -> None:
+        if is_interactive():
+            return
         if step_name in self.steps:
             raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
         if start and self.first is not None:
@@ -274,6 +277,9 @@ class Machine:
 
     def forget_all(self) -> None:
         """Let go of what this process keeps of its workflows."""
+
+    def forget_step(self, name: str) -> None:
+        """The app has a step of this name from now on, perhaps another."""
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether what a linear workflow's state holds fits too. Raises InputError."""
