@@ -295,6 +295,11 @@ class Workflow(TypedMachine[In, R]):
         for execution in known:
             execution.close()
 
+    def forget_step(self, name: str) -> None:
+        """It is asked for anew, and so are functions that may have begun with another."""
+        self.steps.pop(name, None)
+        self.forget_all()
+
     def _keep(self, workflow_id: str, execution: Execution) -> None:
         """Keep the function for its next step. Where there is no room, who is there stays, but for who has not been used for long.
 
