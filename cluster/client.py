@@ -8,7 +8,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import psycopg
 
 from durable_cluster import coordination, schema, side_statements, statements
 from durable_cluster.answers import answer_of
+from durable_cluster.asynchronous import asynchronous, in_a_thread
 from durable_cluster.codec import Payloads, Where, state_of
 from durable_cluster.context import short_id
 from durable_cluster.database import CONNECTION_LOST, connect_client
@@ -27,14 +27,11 @@ from durable_cluster.envelope import encode
 from durable_cluster.errors import ConnectionFailed, InputError, ResultTimeout, UnknownWorkflow
 from durable_cluster.joins import ChildResult, Results
 from durable_cluster.notes import Attributes, encoded_attributes
+from durable_cluster.polling import pauses
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
+from durable_cluster.transactions import Transaction, joined
 
-POLL_S_MIN = 0.002
-POLL_S_FREQUENT = 0.02
-POLL_S_MAX = 0.25
-FREQUENT_POLLS_S = 1.0
-POLL_GROWTH = 1.5
 OUTAGE_S_MAX = 30.0
 KEPT: Any = object()
 """No edited state: None is one."""
@@ -96,6 +93,10 @@ class Client:
                 self._keep(known)
         return known
 
+    def joining(self, tx: Transaction | None) -> statements.Connection:
+        """The connection of a call that was given ``tx``: that one, or this thread's. Raises InputError for what is none."""
+        return self.connection() if tx is None else joined(tx)
+
     def _keep(self, connection: psycopg.Connection[Any]) -> None:
         """Remember a connection until ``close``; those of threads that have ended are closed now."""
         here = os.getpid()
@@ -115,24 +116,21 @@ class Client:
         key: str | None,
         begin: timedelta | datetime | None,
         attributes: str | None,
-        tx: psycopg.Connection[Any] | None,
+        tx: Transaction | None,
         priority: float = 1,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
-        where = tx if tx is not None else self.connection()
-        with nullcontext() if priority == 1 else where.transaction():
-            workflow_id, is_new = statements.start(
-                where,
-                workflow,
-                version=version,
-                step=step,
-                payload=payload,
-                key=key,
-                begin=begin,
-                attributes=attributes,
-            )
-            if is_new and priority != 1:
-                coordination.set_priority(where, [workflow_id], priority)
+        workflow_id, _ = statements.start(
+            self.joining(tx),
+            workflow,
+            version=version,
+            step=step,
+            payload=payload,
+            key=key,
+            begin=begin,
+            attributes=attributes,
+            priority=priority,
+        )
         return workflow_id
 
     def start_many(
@@ -145,24 +143,21 @@ class Client:
         keys: Sequence[str] | None,
         begin: timedelta | datetime | None,
         attributes: Sequence[str] | None,
-        tx: psycopg.Connection[Any] | None,
+        tx: Transaction | None,
         priority: float = 1,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
-        where = tx if tx is not None else self.connection()
-        with nullcontext() if priority == 1 else where.transaction():
-            rows = statements.start_many(
-                where,
-                workflow,
-                version=version,
-                step=step,
-                payloads=payloads,
-                keys=keys,
-                begin=begin,
-                attributes=attributes,
-            )
-            if priority != 1:
-                coordination.set_priority(where, [workflow_id for workflow_id, is_new in rows if is_new], priority)
+        rows = statements.start_many(
+            self.joining(tx),
+            workflow,
+            version=version,
+            step=step,
+            payloads=payloads,
+            keys=keys,
+            begin=begin,
+            attributes=attributes,
+            priority=priority,
+        )
         return [workflow_id for workflow_id, _ in rows]
 
     def by_key(self, workflow: str, key: str) -> Handle:
@@ -230,7 +225,7 @@ class Handle:
         that is away for less than 30 s is waited for.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in _pauses():
+        for pause in pauses():
             known = self._outcome()
             if known is not None:
                 return self._answer(*known)
@@ -240,8 +235,8 @@ class Handle:
     async def wait(self, timeout: float | None = None) -> Any:
         """As ``result``, without blocking the event loop."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in _pauses():
-            known = await asyncio.to_thread(self._outcome)
+        for pause in pauses():
+            known = await in_a_thread(self._outcome)
             if known is not None:
                 return self._answer(*known)
             await asyncio.sleep(self._pause(pause, deadline, timeout))
@@ -255,7 +250,7 @@ class Handle:
         key: str | None = None,
         token: str | None = None,
         actor: str | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> None:
         """Send a signal (``payload``: JSON) to the workflow, which waits for it now or later; with ``tx`` in that transaction.
 
@@ -267,7 +262,7 @@ class Handle:
             encoded = self._client.payloads.coded(encode(payload), self._where("signal"))
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the payload of signal '{name}' is not JSON: {error}") from error
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         side_statements.signal(where, self.id, name, encoded.decode(), key=key, token=token, actor=actor)
 
     def cancel(
@@ -276,7 +271,7 @@ class Handle:
         *,
         actor: str | None = None,
         cascade: bool = True,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> bool:
         """Ask the workflow to end: its ``on_cancel`` step runs in place of its next one. Whether it lived.
 
@@ -285,7 +280,7 @@ class Handle:
         Reaches steps that are queued, sleeping, waiting, running beside the pages, and dead letters; a step that runs in its page
         ends first. With ``tx`` the cancel is sent in that transaction. Raises UnknownWorkflow, InputError.
         """
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
 
     def set_priority(self, priority: float) -> bool:
@@ -304,13 +299,13 @@ class Handle:
         return coordination.resume(self._client.connection(), "workflow", self.id, actor=actor) is not None
 
     def set_attributes(
-        self, attributes: Attributes, *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None
+        self, attributes: Attributes, *, actor: str | None = None, tx: Transaction | None = None
     ) -> None:
         """Change what the workflow is found by: the given names (texts, numbers, booleans), None takes one away.
 
         Seen once a cluster has come by; with ``tx`` sent in that transaction. Raises UnknownWorkflow, InputError.
         """
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         side_statements.set_attributes(where, self.id, encoded_attributes(attributes), actor=actor)
 
     def attributes(self) -> dict[str, Any]:
@@ -351,6 +346,18 @@ class Handle:
     def __await__(self) -> Generator[Any, None, Any]:
         return self.wait().__await__()
 
+    state_async = asynchronous(state)
+    status_async = asynchronous(status)
+    progress_async = asynchronous(progress)
+    attributes_async = asynchronous(attributes)
+    signal_async = asynchronous(signal)
+    cancel_async = asynchronous(cancel)
+    set_attributes_async = asynchronous(set_attributes)
+    set_priority_async = asynchronous(set_priority)
+    pause_async = asynchronous(pause)
+    resume_async = asynchronous(resume)
+    retry_async = asynchronous(retry)
+
     def _where(self, kind: str) -> Where:
         return Where(self.workflow, kind, self.id)
 
@@ -388,11 +395,3 @@ class Handle:
                 f" see 'durable-cluster show {short_id(self.id)}'"
             )
         return min(pause, left)
-
-
-def _pauses() -> Generator[float, None, None]:
-    pause, waited = POLL_S_MIN, 0.0
-    while True:
-        yield pause
-        waited += pause
-        pause = min(pause * POLL_GROWTH, POLL_S_MAX if waited > FREQUENT_POLLS_S else POLL_S_FREQUENT)

@@ -80,6 +80,11 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {_said(error)}"
 
 
+def brief_of(machine: Machine, error: BaseException) -> str:
+    """What logs and traces may say of it: where values are coded, its class alone."""
+    return reason_of(error) if machine.app.payloads.codec is None else type(error).__name__
+
+
 def _trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-TRACEBACK_CHARS_MAX:]
 

@@ -14,7 +14,17 @@ import psycopg
 from durable_cluster.codec import Where
 from durable_cluster.context import Context, short_id
 from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Retrying, Sleep, Spawn, Stuck, Wait
-from durable_cluster.dead_letters import DeadLetter, dead, dead_letter, failure, reason_of, said_by, said_of, veiled
+from durable_cluster.dead_letters import (
+    DeadLetter,
+    brief_of,
+    dead,
+    dead_letter,
+    failure,
+    reason_of,
+    said_by,
+    said_of,
+    veiled,
+)
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import (
     NOT_RETRIED,
@@ -44,10 +54,11 @@ FAILURES = (*STEP_FAILURES, asyncio.CancelledError)
 
 
 class Later(msgspec.Struct, frozen=True):
-    """A step event to be delivered after ``delay_s`` seconds."""
+    """A step event to be delivered after ``delay_s`` seconds. ``reason``: why, if an attempt has failed."""
 
     envelope: Envelope
     delay_s: float
+    reason: str = ""
 
 
 WAITS = (Wait, Spawn, Join)
@@ -87,6 +98,8 @@ def resolve(
     """
     try:
         machine = machines[envelope.workflow]
+        if envelope.version != machine.version:
+            machine = machine.of_version(envelope.version)
         return Task(machine, machine.steps[envelope.step], envelope, None, is_plain)
     except KeyError:
         if envelope.workflow in (SIGNAL, CANCEL):
@@ -103,9 +116,12 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
 
     None where the step goes on as it is: it belongs to the cleanup, is a signal, or no code here knows or can read it.
     """
-    if envelope.cancelled or envelope.workflow not in machines:
+    if envelope.cancelled:
         return None
-    machine = machines[envelope.workflow]
+    try:
+        machine = machines[envelope.workflow].of_version(envelope.version)
+    except KeyError:
+        return None
     cleanup = machine.on_cancel
     if cleanup is None:
         return Outcome(envelope.workflow_id, "cancelled", encode(said_of(envelope, reason)).decode())
@@ -221,7 +237,8 @@ def _troubled(task: Task, returned: Stuck | Retrying) -> Later | DeadLetter:
     to = _successor(task, returned.goto)
     if isinstance(returned, Stuck):
         return dead(to, returned.reason, said_by(task.machine, to, returned.error))
-    return Later(msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress), returned.pause_s)
+    again = msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress)
+    return Later(again, returned.pause_s, brief_of(task.machine, returned.error))
 
 
 def _completed(envelope: Envelope, output: bytes) -> Outcome:
@@ -248,6 +265,8 @@ def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | 
         returned.tolerance,
         returned.cancels_rest,
         returned.keeps_group,
+        returned.names,
+        returned.token_seq,
     )
 
 
@@ -275,8 +294,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
         return dead(envelope, "given_up", said_by(task.machine, envelope, error))
     is_given_up = isinstance(error, TerminalError) or not policy.is_retried(error)
     if is_given_up or spent >= policy.attempts:
-        instead = _after_failure(task, error)
-        if instead is not None:
+        if (instead := _after_failure(task, error)) is not None:
             return instead
         said = said_by(task.machine, envelope, error)
         if isinstance(error, TerminalError):
@@ -286,7 +304,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
     again = msgspec.structs.replace(
         without_permit(envelope), seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
     )
-    return Later(again, pause_s)
+    return Later(again, pause_s, brief_of(task.machine, error))
 
 
 def _after_failure(task: Task, error: BaseException) -> Result | None:
@@ -295,8 +313,7 @@ def _after_failure(task: Task, error: BaseException) -> Result | None:
         instead = task.machine.after_failure(task, error)
         return None if instead is None else conclude(task, instead)
     except FAILURES as problem:
-        why = reason_of(problem) if task.machine.app.payloads.codec is None else type(problem).__name__
-        told = (task.envelope.step, short_id(task.envelope.workflow_id), why)
+        told = (task.envelope.step, short_id(task.envelope.workflow_id), brief_of(task.machine, problem))
         logger.warning("step '%s' of %s… failed, and its workflow could not be told: %s", *told)
         return None
 
@@ -319,12 +336,7 @@ def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
 
 
 def _unrouted(envelope: Envelope, machines: Mapping[str, Machine], limit_s: float) -> Result:
-    if envelope.workflow in machines:
-        known: Mapping[str, object] = machines[envelope.workflow].steps
-        what = f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code"
-    else:
-        known, what = machines, f"no workflow '{envelope.workflow}' in this app"
-    return _put_off(envelope, f"{what}; it has {', '.join(known) or 'none'}", limit_s=limit_s)
+    return _put_off(envelope, _unknown(envelope, machines), limit_s=limit_s)
 
 
 def _put_off(envelope: Envelope, what: str, *, limit_s: float) -> Later | DeadLetter:
@@ -335,6 +347,17 @@ def _put_off(envelope: Envelope, what: str, *, limit_s: float) -> Later | DeadLe
         logger.warning("%s; %s… waits for a process that can run it", what, short_id(envelope.workflow_id))
     pause_s = min(UNROUTED_PAUSE_S_MAX, 2.0 ** min(envelope.unrouted, UNROUTED_DOUBLINGS))
     return Later(msgspec.structs.replace(without_permit(envelope), unrouted=envelope.unrouted + 1), pause_s)
+
+
+def _unknown(envelope: Envelope, machines: Mapping[str, Machine]) -> str:
+    """What this code does not know, and what it has in its place."""
+    newest = machines.get(envelope.workflow)
+    if newest is None:
+        return f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}"
+    if envelope.version > newest.version:
+        return f"workflow '{envelope.workflow}' has come to version {envelope.version}; this code is of version {newest.version}"
+    steps = newest.of_version(envelope.version).steps
+    return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {', '.join(steps) or 'none'}"
 
 
 def _waited_s(times: int) -> float:
@@ -352,6 +375,10 @@ def _state_of(task: Task, context: Context) -> Any:
         context.read()
     try:
         return task.step.decoder.decode(context.envelope.state)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass  # older code may have written it
+    try:
+        return task.machine.app.upcasts.decoded(task.step.decoder, context.envelope.state)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandlerError(f"the state does not fit step '{task.step.name}': {error}") from error
 

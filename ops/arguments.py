@@ -107,6 +107,17 @@ def _add_start(start: Parser) -> None:
     start.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as drain_grace_s=10"
     )
+    start.add_argument(
+        "--reload", action="store_true", help="drain and start again when Python files change (extra 'reload')"
+    )
+    start.add_argument(
+        "--reload-dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="below which (where the app is); may be repeated",
+    )
 
 
 def _add_run(run: Parser) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from durable_cluster import (
     App,
@@ -40,6 +42,7 @@ from durable_cluster import (
     set_progress,
     side_effect,
     sleep,
+    telemetry,
     wait_for,
 )
 
@@ -328,6 +331,27 @@ def test_what_a_codec_has_made_is_all_that_tables_files_and_logs_hold(
     assert (CODED in held) is is_coded
     if is_coded:
         assert secret not in said
+
+
+@pytest.mark.parametrize("sample", [0.0, 1.0])
+@pytest.mark.parametrize("is_coded", [True, False], ids=["with a codec", "without one it is found"])
+def test_traces_say_no_more_of_a_failure_than_its_class(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, is_coded: bool, sample: float
+) -> None:
+    exporter = InMemorySpanExporter()
+    tracing = telemetry.Tracing(SimpleSpanProcessor(exporter), role="test", sample=sample)
+    monkeypatch.setattr(telemetry, "configure", lambda _: tracing)
+    app = App("shop", dsn=dsn, codec=AesGcm({1: KEY}) if is_coded else None)
+    declare(app, "hidden", released=threading.Event())
+    app.named("machine").start_many(
+        [{"how": how, "secret": "hidden"} for how in ("raise", "terminal", "misfit", "sql")]
+    )
+    app.named("linear").start_many(["caught", "stuck", "lines"])
+    app.run(until_idle=True, timeout=10)
+    app.close()
+    told = "".join(span.to_json() for span in exporter.get_finished_spans())
+    assert "Fragile" in told
+    assert ("hidden" in told) is not is_coded
 
 
 # It is read again, wherever it went.
