@@ -67,7 +67,7 @@ class Payloads:
             if codec is not None and not callable(getattr(codec, name, None)):
                 raise AppError(f"codec={codec!r} has no {name}(bytes, where) that returns bytes")
         self.codec = codec
-        self._bytes_max = bytes_max
+        self.bytes_max = bytes_max
 
     def coded(self, payload: bytes, where: Where) -> bytes:
         """What the database gets of ``payload`` (JSON). Raises CodecError."""
@@ -102,9 +102,9 @@ class Payloads:
     def fitting(self, payload: bytes, where: Where, what: str) -> str:
         """As ``coded``, unless that is too large. Raises CodecError, and InputError naming ``what``."""
         coded = self.coded(payload, where)
-        if len(coded) > self._bytes_max:
+        if len(coded) > self.bytes_max:
             raise InputError(
-                f"{what} has {len(coded):,} bytes{self.when_coded}, the limit is {self._bytes_max:,};"
+                f"{what} has {len(coded):,} bytes{self.when_coded}, the limit is {self.bytes_max:,};"
                 " store it elsewhere and pass a reference"
             )
         return coded.decode()

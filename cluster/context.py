@@ -60,9 +60,10 @@ class Context(msgspec.Struct, eq=False, gc=False):
         """The step event."""
         return self._envelope
 
-    def read(self) -> None:
-        """From now on the step event is as its step sees it. Raises Unreadable."""
+    def read(self) -> Envelope:
+        """The step event as its step sees it, which it is from now on. Raises Unreadable."""
         self._envelope = self._machine.app.payloads.event(self._envelope)
+        return self._envelope
 
     def _where(self, kind: str) -> Where:
         return Where(self._envelope.workflow, kind, self._envelope.workflow_id)

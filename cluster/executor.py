@@ -371,14 +371,13 @@ def _arguments(task: Task, context: Context) -> tuple[Any, ...]:
 
 
 def _state_of(task: Task, context: Context) -> Any:
-    if not task.is_plain:
-        context.read()
+    state = task.envelope.state if task.is_plain else context.read().state
     try:
-        return task.step.decoder.decode(context.envelope.state)
+        return task.step.decoder.decode(state)
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass  # older code may have written it
     try:
-        return task.machine.app.upcasts.decoded(task.step.decoder, context.envelope.state)
+        return task.machine.app.upcasts.decoded(task.step.decoder, state)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandlerError(f"the state does not fit step '{task.step.name}': {error}") from error
 
@@ -388,11 +387,10 @@ def _encoded(task: Task, value: object, kind: str) -> bytes:
         encoded = encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise HandlerError(f"step '{task.step.name}' handed on what is not JSON: {error}") from error
-    app = task.machine.app
-    if app.payloads.codec is not None:
-        encoded = app.payloads.coded(encoded, Where(task.envelope.workflow, kind, task.envelope.workflow_id))
-    limit = app.settings.payload_bytes_max
-    if len(encoded) > limit:
-        many = f"{len(encoded):,} bytes{app.payloads.when_coded}"
-        raise HandlerError(f"step '{task.step.name}' handed on {many}, the limit is {limit:,}")
+    payloads = task.machine.app.payloads
+    if payloads.codec is not None:
+        encoded = payloads.coded(encoded, Where(task.envelope.workflow, kind, task.envelope.workflow_id))
+    if len(encoded) > payloads.bytes_max:
+        many = f"{len(encoded):,} bytes{payloads.when_coded}"
+        raise HandlerError(f"step '{task.step.name}' handed on {many}, the limit is {payloads.bytes_max:,}")
     return encoded

@@ -128,8 +128,7 @@ class Workflow(TypedMachine[In, R]):
         if task.step.name in OWN:
             return None
         ctx = Context(self, task.envelope)
-        ctx.read()
-        carried = task.step.decoder.decode(ctx.envelope.state)
+        carried = task.step.decoder.decode(ctx.read().state)
         execution = self.execution(ctx, carried)
         if carried.asked is None:
             return None
