@@ -6,7 +6,6 @@ it is. Whatever the database holds of a user's values has come through ``Payload
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
 from typing import Any, Protocol
 
 import msgspec
@@ -55,8 +54,16 @@ class Codec(Protocol):
         ...
 
 
+class _Coded(msgspec.Struct, frozen=True, rename={"made": CODED_KEY}):
+    """What a codec has made; JSON has it in base64."""
+
+    made: bytes
+
+
+_coded = msgspec.json.Decoder(_Coded)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_text = msgspec.json.Decoder(str)
+QUOTES = 4
+"""Of a coded value that has nothing beside it."""
 
 
 class Payloads:
@@ -74,7 +81,7 @@ class Payloads:
         if self.codec is None:
             return payload
         try:
-            return b'%b"%b"}' % (BEGINS, b64encode(self.codec.encode(payload, where)))
+            return encode_part(_Coded(_bytes(self.codec.encode(payload, where))))
         except Exception as error:
             raise CodecError(f"{where} cannot be coded by {self._told(error)}") from error
 
@@ -86,11 +93,8 @@ class Payloads:
         if self.codec is None:
             raise CodecError(f"{where} is coded, and this program's App has no codec: give it the one that wrote it")
         try:
-            fields = _fields.decode(payload)
-            coded = b64decode(_text.decode(fields.pop(CODED_KEY)), validate=True)
-            plain = bytes(self.codec.decode(coded, where))
-            # Beside it stands what the database added: the due time of a schedule.
-            return encode(_fields.decode(plain) | fields) if fields else plain
+            plain = _bytes(self.codec.decode(_coded.decode(payload).made, where))
+            return plain if payload.count(b'"') == QUOTES else _with_the_rest(plain, payload)
         except Exception as error:
             raise CodecError(f"{where} cannot be read by {self._told(error)}") from error
 
@@ -170,6 +174,19 @@ class Payloads:
         """A child with what it has come to. Raises CodecError."""
         output = self.ended(child.workflow, child.id, child.status, child.output)
         return child if output is child.output else structs.replace(child, output=output)
+
+
+def _bytes(made: Any) -> bytes:
+    if not isinstance(made, bytes):
+        raise CodecError(f"it returned {type(made).__name__}, and not bytes")
+    return made
+
+
+def _with_the_rest(plain: bytes, payload: bytes) -> bytes:
+    """With what the database has put beside the coded value: the due time of a schedule."""
+    rest = _fields.decode(payload)
+    del rest[CODED_KEY]
+    return encode(_fields.decode(plain) | rest)
 
 
 def is_coded(value: Any) -> bool:

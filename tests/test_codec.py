@@ -929,6 +929,17 @@ def test_a_codec_that_fails_is_a_failed_attempt_whose_words_quote_nothing(
     assert "hidden" not in caplog.text
 
 
+@pytest.mark.parametrize("made", ["text", 5, None])
+def test_a_codec_that_returns_no_bytes_is_told_so(dsn: str, made: Any) -> None:
+    class Wrong(Counting):
+        def encode(self, payload: bytes, where: Where) -> Any:
+            return made
+
+    with another(dsn, Wrong()) as app:
+        with pytest.raises(CodecError, match=f"codec Wrong: it returned {type(made).__name__}, and not bytes"):
+            waiting_in(app).start("hidden")
+
+
 def test_an_edited_state_is_coded_as_the_one_it_replaces(app: App, conn: Connection) -> None:
     machine = app.machine("flow", state=int)
 
