@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import traceback
+from asyncio import timeout
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,7 @@ def run(task: Task, context: Context) -> Result:
 async def run_async(task: Task, context: Context) -> Result:
     """Run an ``async def`` step, for as long as its timeout allows."""
     try:
-        async with asyncio.timeout(task.step.timeout_s) as limit:
+        async with timeout(task.step.timeout_s) as limit:
             returned = await task.step.handler(*_arguments(task, context))
         result = conclude(task, returned)
         return result if context.notes is None else Noted(task.envelope, result, context.notes)
