@@ -520,3 +520,597 @@ def test_a_death_takes_the_functions_that_are_kept_in_memory_along() -> None:
                 cluster.run()
         entered[point] = world.entered
     assert entered == {"before": 2, "after": 2, "committed": 1}, "after the commit it only sleeps"
+
+
+def test_quick_steps_that_share_a_page_run_again_together(app: App) -> None:
+    ran: list[str] = []
+
+    @app.step
+    def one() -> str:
+        return counted(ran, "one")
+
+    @app.step
+    def two() -> str:
+        return counted(ran, "two")
+
+    @app.workflow
+    async def flow() -> str:
+        return await one() + await two()
+
+    with testing.cluster(app) as cluster:
+        handle = flow.start()
+        with cluster.crash(after=two, times=2) as crash:
+            cluster.run()
+        assert (crash.happened, handle.result(timeout=0)) == (2, "onetwo")
+        assert ran == ["one", "two"] * 3
+
+
+def test_who_has_died_undoes_nothing(app: App) -> None:
+    undone: list[str] = []
+
+    @app.step
+    def book(what: str) -> str:
+        return what
+
+    @app.step
+    def give_back(what: str) -> None:
+        undone.append(what)
+
+    @app.workflow
+    async def flow() -> str:
+        async with compensation() as undo:
+            await book("flight")
+            undo(give_back, "flight")
+            return await book("hotel")
+
+    with testing.cluster(app) as cluster:
+        for point in ("before", "after"):
+            handle = flow.start()
+            with cluster.crash(**{point: book}):  # type: ignore[arg-type]
+                cluster.run()
+            assert handle.result(timeout=0) == "hotel"
+    assert undone == []
+
+
+def test_a_step_that_dies_often_by_no_fault_of_its_own_is_no_poison() -> None:
+    world = World(Settings(max_crashes=1))
+    with testing.cluster(world.app) as cluster:
+        for step in ("slow", "quick"):
+            handle = world.app.named("alone").start(step)
+            with cluster.crash(after=step, times=5):
+                cluster.run()
+            assert cluster.result(handle) == 1
+
+
+def test_a_failed_attempt_is_on_record_or_not_as_any_other_end(app: App) -> None:
+    attempts: list[int] = []
+
+    @app.step(retry=Retry(attempts=3, backoff="1m"))
+    def fail(ctx: Context) -> None:
+        attempts.append(ctx.attempt)
+        raise ConnectionError("away")
+
+    @app.workflow
+    async def flow() -> None:
+        await fail()
+
+    with testing.cluster(app) as cluster:
+        handle = flow.start()
+        with cluster.crash(after=fail):
+            cluster.run()
+        with pytest.raises(WorkflowStuck):
+            cluster.result(handle)
+    assert attempts == [1, 1, 2, 3]
+
+
+def test_a_death_that_does_not_happen_fails_the_test(app: App) -> None:
+    @app.step
+    def never() -> None: ...
+
+    with testing.cluster(app) as cluster:
+        with pytest.raises(AssertionError, match="died 0 times after step 'never' and not 1"):
+            with cluster.crash(after=never):
+                cluster.run()
+        with pytest.raises(ZeroDivisionError):
+            with cluster.crash(after=never):
+                _ = 1 / 0
+
+
+def test_a_death_at_no_step_is_refused(app: App) -> None:
+    @app.step
+    def known() -> None: ...
+
+    with testing.cluster(app) as cluster:
+        for step in ("unknown", test_a_death_at_no_step_is_refused, App("other").step(known.function)):
+            with pytest.raises(AppError, match=r"has no step .*; it has known"), cluster.crash(before=step):
+                pass
+        for wrong in ({}, {"before": known, "after": known}, {"after": known, "times": 0}):
+            with pytest.raises(InputError, match="crash takes one of before="), cluster.crash(**wrong):  # type: ignore[arg-type]
+                pass
+
+
+def test_whatever_was_wrapped_for_a_death_is_as_it_was_afterwards() -> None:
+    from durable_cluster.database import WorkerConnection
+    from durable_cluster.functions import StepFunction
+    from durable_cluster.handoff import Handoff
+
+    def parts() -> list[Any]:
+        return [StepFunction.run, Handoff.commit, Handoff.complete, WorkerConnection.wait, *world.app.named("machine").steps.values()]
+
+    world = World()
+    before = parts()
+    with testing.cluster(world.app) as cluster, pytest.raises(AssertionError), cluster.crash(before="plain"):
+        assert parts() != before
+    assert parts() == before
+    assert "wait" not in vars(WorkerConnection)
+
+
+# Histories.
+
+
+class Pet(msgspec.Struct):
+    name: str
+
+
+def shop(*, steps: tuple[str, ...] = ("price", "charge"), is_patched: bool = False, returned: Any = int) -> App:
+    """An app whose workflow asks for these steps, then sleeps, waits for a child and a signal, and ends."""
+    app = App("shop")
+
+    def step(name: str) -> None:
+        def run(pet: Pet) -> Any:
+            return len(pet.name)
+
+        run.__annotations__ = {"pet": Pet, "return": returned}
+        app.step(name=name)(run)
+
+    for name in ("price", "charge", "refund"):
+        step(name)
+
+    @app.workflow
+    async def child(n: int) -> int:
+        if n < 0:
+            raise TerminalError("below zero")
+        return n
+
+    @app.workflow
+    async def fulfil(pet: Pet) -> list[Any]:
+        assert isinstance(pet, Pet)
+        began, drawn = now(), chance()
+        said: list[Any] = [await app.steps[name](pet) for name in steps]
+        if is_patched and patched("with a refund"):
+            said.append(await app.steps["refund"](pet))
+        await sleep("1d")
+        said += await gather(child.spawn(1), child.spawn(2))
+        said.append(await wait_for("paid", str))
+        return [*said, began.year, current().run]
+
+    return app
+
+
+@pytest.fixture
+def histories(tmp_path: Path) -> dict[str, Path]:
+    """Of one that sleeps, one that waits, and one that has ended."""
+    app = shop()
+    with testing.cluster(app, now=BEGIN) as cluster:
+        asleep, waiting, ended = (app.named("fulfil").start(Pet(name)) for name in ("rex", "tom", "kitty"))
+        ended.signal("paid", "yes")
+        paths = {}
+        for what, handle in (("sleeping", asleep), ("waiting", waiting), ("ended", ended)):
+            cluster.run() if what == "sleeping" else cluster.advance("1d")
+            paths[what] = tmp_path / f"{what}.json"
+            history = cluster.history(handle)
+            history.save(paths[what])
+            assert handle.id not in paths[what].read_text()
+            assert handle.id not in repr(history)
+        assert ended.result(timeout=0) == [5, 5, 1, 2, "yes", 2030, 0]
+        assert [one.place for one in testing.record(app)] == ["waits", "waits"]
+    assert [json.loads(path.read_text())["place"] for path in paths.values()] == ["waits", "waits", "has ended"]
+    return paths
+
+
+@pytest.mark.parametrize("where", ["sleeping", "waiting", "ended"])
+def test_the_same_code_and_code_that_says_what_is_new_replay_a_history(histories: dict[str, Path], where: str) -> None:
+    check_replay(shop(), histories[where])
+    check_replay(shop(is_patched=True), str(histories[where]))
+
+
+@pytest.mark.parametrize("where", ["sleeping", "waiting", "ended"])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"steps": ("price", "refund")}, "at await 4 'charge' is recorded, and the code now asks for 'refund'"),
+        ({"steps": ("charge", "price")}, "at await 3 'price' is recorded, and the code now asks for 'charge'"),
+        ({"steps": ("price", "charge", "refund")}, "'refund'"),
+        ({"returned": str}, "what is recorded of 'price' at await 3 does not fit any more"),
+    ],
+)
+def test_code_that_comes_another_way_is_told_with_both_sides(
+    histories: dict[str, Path], where: str, changed: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(NonDeterminismError, match=told):
+        check_replay(shop(**changed), histories[where])
+
+
+def test_a_line_less_is_found_where_the_history_goes_on(histories: dict[str, Path]) -> None:
+    with pytest.raises(NonDeterminismError, match="'charge' is recorded, and the code now asks for 'sleep'"):
+        check_replay(shop(steps=("price",)), histories["ended"])
+
+
+def test_a_replay_asks_no_database_and_runs_no_step(histories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DURABLE_DSN", "host=nowhere")
+    app = shop()
+    monkeypatch.setattr("durable_cluster.functions.StepFunction.run", None)
+    before = app.client
+    check_replay(app, histories["ended"])
+    assert app.client is before
+
+
+def test_an_input_that_does_not_fit_any_more_is_told(histories: dict[str, Path]) -> None:
+    app = App("shop")
+
+    @app.workflow
+    async def fulfil(n: int) -> None: ...
+
+    with pytest.raises(NonDeterminismError, match="the input does not fit workflow 'fulfil' any more"):
+        check_replay(app, histories["ended"])
+
+
+def test_the_arguments_of_a_step_that_is_under_way_have_to_fit_too() -> None:
+    def app_of(kind: Any) -> App:
+        app = App("arguments")
+
+        async def charge(cents: Any) -> None:
+            raise ZeroDivisionError
+
+        charge.__annotations__["cents"] = kind
+        app.step(retry=Retry(attempts=1))(charge)
+
+        @app.workflow
+        async def flow() -> None:
+            await app.steps["charge"](100)
+
+        return app
+
+    app = app_of(int)
+    with testing.cluster(app) as cluster:
+        handle = app.named("flow").start(None)
+        cluster.run()
+        history = cluster.history(handle)
+    assert repr(history) == "<History of a 'flow' that is stuck>"
+    check_replay(app_of(int), history)
+    with pytest.raises(NonDeterminismError, match=r"the arguments do not fit step 'charge': cents: expected array"):
+        check_replay(app_of(list[int]), history)
+
+
+def test_lines_that_raise_are_told_as_they_are(histories: dict[str, Path]) -> None:
+    app = shop()
+
+    async def fulfil(pet: Pet) -> list[Any]:
+        found = await app.named("fulfil").function(pet)  # type: ignore[attr-defined]
+        raise LookupError(f"nothing of {len(found)}")
+
+    other = shop()
+    workflow = other.named("fulfil")
+    workflow.function, app.steps = fulfil, other.steps  # type: ignore[attr-defined]
+    with pytest.raises(LookupError, match="nothing of 7"):
+        check_replay(other, histories["ended"])
+
+
+def test_what_is_no_history_is_refused(tmp_path: Path, app: App) -> None:
+    for text in ("", "{}", "[1]"):
+        (tmp_path / "none.json").write_text(text)
+        with pytest.raises(InputError, match=r"none.json holds no history"):
+            check_replay(app, tmp_path / "none.json")
+    app.machine("m")
+    with pytest.raises(InputError, match="is a machine"):
+        check_replay(app, History(workflow="m", version=1, place="waits", state=msgspec.Raw(b"{}")))
+
+
+def test_workflows_of_a_running_system_are_recorded_wherever_they_stand(dsn: str) -> None:
+    """Not only in databases of the kit."""
+    app = App("live", dsn=dsn)
+
+    @app.step(retry=Retry(attempts=1))
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    @app.step
+    def fine() -> int:
+        return 1
+
+    @app.workflow
+    async def flow(kind: str) -> None:
+        await fine()
+        match kind:
+            case "stuck":
+                await fail()
+            case "asleep":
+                await sleep("30d")
+            case "soon":
+                await sleep("50s")
+            case "waiting":
+                await wait_for("word", timeout="2d")
+
+    machine = app.machine("m", state=int)
+
+    @machine.step(start=True)
+    def begin(ctx: Context, n: int) -> Continuation:
+        return ctx.sleep("1d", begin, n)
+
+    for kind in ("stuck", "asleep", "waiting", "soon", "ended"):
+        flow.start(kind)
+    machine.start(1)
+    app.run(until_idle=True, timeout=0.5)
+    found = testing.record(app)
+    assert sorted(one.place for one in found) == ["is stuck", "sleeps", "waits", "waits"]
+    for history in found:
+        check_replay(app, history)
+    assert len(testing.record(app, limit=2)) == 2
+    app.close()
+
+
+# Breakpoints.
+
+DEBUGGED = """
+import asyncio, time
+from durable_cluster import App, Context, Retry, Settings, gather, testing
+
+app = App("debugged", settings=Settings(dead_interval_s=1, step_timeout_s=0.3, hang_grace_s=0.2, functions_max=100))
+ONCE = Retry(attempts=1)
+
+@app.step(retry=ONCE)
+def quick(word: str) -> str:
+    breakpoint()
+    return word + " quick"
+
+@app.step(retry=ONCE)
+async def slow(word: str) -> str:
+    breakpoint()
+    await asyncio.sleep(0)
+    return word + " slow"
+
+@app.step(retry=ONCE, blocking=True)
+def blocking(word: str) -> str:
+    breakpoint()
+    return word + " blocking"
+
+@app.step(retry=ONCE, transactional=True)
+def booked(ctx: Context, word: str) -> str:
+    breakpoint()
+    ctx.tx.execute("select 1")
+    return word + " booked"
+
+@app.step(retry=ONCE)
+async def hanging() -> None:
+    await asyncio.sleep(60)
+
+@app.workflow
+async def flow(kind: str) -> str:
+    word = kind.upper()
+    if kind == "flow":
+        breakpoint()
+        return word
+    if kind == "gathered":
+        return ",".join(await gather(slow(word), blocking(word)))
+    return await app.steps[kind](word)
+
+@app.workflow
+def plain(kind: str) -> str:
+    word = kind.upper()
+    breakpoint()
+    return word
+
+with testing.cluster(app) as cluster:
+    for kind in KINDS:
+        handle = (plain if kind == "plain" else flow).start(kind)
+        print("result", cluster.result(handle))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "stops", "result"),
+    [
+        ("flow", 1, "FLOW"),
+        ("plain", 1, "PLAIN"),
+        ("quick", 1, "QUICK quick"),
+        ("slow", 1, "SLOW slow"),
+        ("blocking", 1, "BLOCKING blocking"),
+        ("booked", 1, "BOOKED booked"),
+        ("gathered", 2, "GATHERED slow,GATHERED blocking"),
+    ],
+)
+def test_who_stands_at_a_breakpoint_has_all_the_time_there_is(tmp_path: Path, kind: str, stops: int, result: str) -> None:
+    """Longer than the step's timeout, the grace of one that hangs, and the interval after which the silent are dead."""
+    program = tmp_path / "debugged.py"
+    program.write_text(f"KINDS = {[kind]!r}\n{DEBUGGED}")
+    commands = "import time\ntime.sleep(1.2)\np 'word is', word\nc\n"
+    done = subprocess.run(
+        [sys.executable, program], input=commands * stops, capture_output=True, check=False, text=True, timeout=60
+    )
+    assert done.stdout.count(f"('word is', '{kind.upper()}')") == stops, done.stdout + done.stderr
+    assert f"result {result}" in done.stdout, done.stdout + done.stderr
+
+
+def test_where_nobody_debugs_a_step_is_late_as_anywhere() -> None:
+    app = App("late", settings=Settings(step_timeout_s=0.2))
+
+    @app.step(retry=Retry(attempts=1))
+    async def hanging() -> None:
+        await asyncio.sleep(60)
+
+    @app.step(retry=Retry(attempts=1), blocking=True)
+    def standing() -> None:
+        for _ in range(6_000):
+            time.sleep(0.01)
+
+    @app.workflow
+    async def flow(kind: str) -> None:
+        await app.steps[kind]()
+
+    with testing.cluster(app) as cluster:
+        for kind in ("hanging", "standing"):
+            with pytest.raises(WorkflowStuck, match="did not end within its timeout of 0.2 s"):
+                cluster.result(flow.start(kind))
+
+
+# The plugin of pytest.
+
+
+@pytest.fixture
+def run_pytest(tmp_path: Path, server: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run_pytest(conftest=…, test_x=…)``: pytest in a process of its own, as where durable-cluster is installed."""
+    site = tmp_path / "site"
+    info = site / "durable_cluster_of_the_tests-0.dist-info"
+    info.mkdir(parents=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    points = project["project"]["entry-points"]["pytest11"]
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: durable-cluster-of-the-tests\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[pytest11]\n" + "".join(f"{name} = {of}\n" for name, of in points.items()))
+    for module in points.values():
+        (site / module).symlink_to(ROOT / project["tool"]["setuptools"]["package-dir"][module])
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+    def run(*options: str, **files: str) -> subprocess.CompletedProcess[str]:
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(tmp_path)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DURABLE_DSN": server},
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+FLOWS = """
+    from durable_cluster import App, sleep
+    app = App("mine")
+
+    @app.step
+    def greet(name: str) -> str:
+        return f"hello, {name}"
+
+    @app.workflow
+    async def greeting(name: str) -> str:
+        await sleep("7d")
+        return await greet(name)
+"""
+
+
+def test_the_fixture_runs_the_app_of_the_suite(run_pytest: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run_pytest(
+        my_flows=FLOWS,
+        conftest="""
+            import pytest
+            from my_flows import app
+
+            @pytest.fixture
+            def durable_app():
+                return app
+        """,
+        test_mine="""
+            import pytest
+            from my_flows import app, greet, greeting
+
+            @pytest.mark.parametrize("name", ["ada", "bob"])
+            def test_greeting(durable, name):
+                handle = greeting.start(name, key="one")
+                durable.run()
+                assert handle.status() == "running"
+                durable.advance("7d")
+                assert handle.result(timeout=0) == f"hello, {name}"
+
+            def test_dies(durable):
+                with durable.crash(after=greet):
+                    assert durable.result(greeting.start("eve")) == "hello, eve"
+
+            def test_fails(durable):
+                assert durable.result(greeting.start("eve")) == "hello, adam"
+
+            def test_without():
+                assert app.client._dsn is None
+        """,
+    )
+    assert "4 passed" in done.stdout and "1 failed" in done.stdout, done.stdout + done.stderr
+    assert "hello, adam" in done.stdout
+
+
+def test_a_suite_that_has_no_app_is_told_how_to_name_it(run_pytest: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run_pytest(test_mine="def test_mine(durable): ...")
+    assert "1 error" in done.stdout, done.stdout + done.stderr
+    assert "runs the app that the fixture 'durable_app' returns; define that in conftest.py" in done.stdout
+
+
+def test_a_suite_that_does_not_use_it_pays_nothing_and_may_use_its_names(
+    run_pytest: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = run_pytest(
+        test_mine="""
+            import sys
+            import pytest
+
+            def test_not_loaded(pytestconfig):
+                assert pytestconfig.pluginmanager.has_plugin("durable_cluster")
+                assert not [name for name in sys.modules if name.split(".")[0] in ("durable_cluster", "psycopg", "msgspec")]
+
+            @pytest.fixture
+            def durable():
+                return "mine"
+
+            def test_name(durable):
+                assert durable == "mine"
+        """
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_cluster_needs_no_pytest(tmp_path: Path) -> None:
+    (tmp_path / "my_flows.py").write_text(textwrap.dedent(FLOWS))
+    (tmp_path / "test_unit.py").write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import unittest
+            from durable_cluster import testing
+            from my_flows import app, greeting
+
+            class Greeting(unittest.TestCase):
+                def setUp(self):
+                    self.cluster = self.enterContext(testing.cluster(app))
+
+                def test_greeting(self):
+                    self.assertEqual(self.cluster.result(greeting.start("ada")), "hello, ada")
+                    self.assertNotIn("pytest", sys.modules)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "unittest", "test_unit"], cwd=tmp_path, capture_output=True, check=False, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_server_of_its_own_the_kit_brings_one_that_is_gone_with_its_process(tmp_path: Path) -> None:
+    (tmp_path / "my_flows.py").write_text(textwrap.dedent(FLOWS))
+    program = """
+        from durable_cluster import testing
+        from my_flows import app, greeting
+        for _ in range(2):
+            with testing.cluster(app) as cluster:
+                print(cluster.result(greeting.start("ada")))
+        print(cluster.dsn.split("host=")[1].split()[0])
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(program))
+    environment = {name: value for name, value in os.environ.items() if name != "DURABLE_DSN"}
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, check=False, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    *said, socket = done.stdout.split("\n")[:-1]
+    assert said == ["hello, ada"] * 2
+    assert not Path(socket).exists()
+    assert not (tmp_path / ".durable").exists()
