@@ -96,11 +96,11 @@ class Execution:
 
     # From outside.
 
-    def enter(self, main: Coroutine[Any, Any, Any]) -> None:
-        """Begin the function and feed it with what is recorded."""
+    def enter(self, main: Coroutine[Any, Any, Any], *, is_first: bool) -> None:
+        """Begin the function and feed it with what is recorded. ``is_first``: no line of it has run before."""
         recorded = memo.decoded_entries(self.carried.entries)
         self._unread = _names(recorded)
-        self.is_replaying = bool(recorded)
+        self.is_replaying = not is_first
         self.main = self.loop.create_task(main)
         self.loop.run_ready()
         for entry, encoded in recorded:
