@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from durable_cluster import (
     SchemaMismatch,
     Settings,
     TerminalError,
-    WorkflowFailed,
+    UnknownWorkflow,
     WorkflowStuck,
     compensation,
     current,
@@ -196,7 +195,7 @@ def test_a_result_that_no_time_brings_says_what_would(app: App) -> None:
 
     with testing.cluster(app, now=BEGIN) as cluster:
         handle = flow.start()
-        with pytest.raises(ResultTimeout, match="is waiting, and no time will end that: it waits for a signal: .*'approved'") as told:
+        with pytest.raises(ResultTimeout, match=r"is waiting, and no time .* for a signal: .*'approved'") as told:
             cluster.result(handle)
         assert handle.id not in str(told.value)
         assert cluster.now == BEGIN + timedelta(days=2)
@@ -312,10 +311,15 @@ def test_an_app_that_is_run_by_hand_does_not_wait_for_a_clock_that_stands(app: A
 
 
 def test_the_clock_of_an_ordinary_database_cannot_be_moved(app: App, dsn: str, conn: psycopg.Connection) -> None:
-    with pytest.raises(ConfigurationError, match="the clock of this database is the real one"):
-        with testing.cluster(app, dsn=dsn):
-            pass
-    assert conn.execute("select to_regproc('durable.set_clock'), to_regclass('durable.test_clock')").fetchone() == (None, None)
+    with (
+        pytest.raises(ConfigurationError, match="the clock of this database is the real one"),
+        testing.cluster(app, dsn=dsn),
+    ):
+        pass
+    assert conn.execute("select to_regproc('durable.set_clock'), to_regclass('durable.test_clock')").fetchone() == (
+        None,
+        None,
+    )
     with pytest.raises(SchemaMismatch, match="its clock is the real one and stays so"):
         schema.install(conn, shards=2, is_for_tests=True)
     real = "select abs(extract(epoch from clock_timestamp() - durable.now())) < 1, to_regclass('durable.test_clock')"
@@ -355,7 +359,12 @@ def test_a_database_without_a_schema_is_told_so(app: App, empty_dsn: str) -> Non
 
 def databases_of(server: str) -> set[str]:
     with psycopg.connect(server) as admin:
-        return {name for (name,) in admin.execute("select datname from pg_database where datname like 'durable_test_%%\\_%%\\_%%'")}
+        return {
+            name
+            for (name,) in admin.execute(
+                "select datname from pg_database where datname like 'durable_test_%%\\_%%\\_%%'"
+            )
+        }
 
 
 def test_an_app_comes_back_to_where_it_was_also_when_the_test_fails(server: str) -> None:
@@ -409,6 +418,47 @@ def test_a_new_version_of_an_app_goes_on_where_the_old_one_was(app: App) -> None
         with testing.cluster(new, dsn=cluster.dsn) as after:
             after.advance("1d")
         assert handle.result(timeout=0) == "new"
+
+
+@pytest.mark.parametrize("waits", ["sleep", "signal", "steps"])
+def test_a_run_that_stood_at_the_wait_behind_a_patch_does_not_take_it(waits: str) -> None:
+    def declared(*, is_patched: bool) -> App:
+        app = App("patched")
+
+        @app.step
+        def step(n: int) -> int:
+            return n + 1
+
+        @app.step(retry=Retry(attempts=1))
+        async def stopped(n: int) -> int:
+            if not is_patched:
+                raise ZeroDivisionError
+            return n
+
+        @app.workflow
+        async def work(n: int) -> int:
+            n = await step(n)
+            if is_patched and patched("twice"):
+                n = await step(n)
+            if waits == "steps":
+                await gather(stopped(n), step(n))
+            else:
+                await (sleep("1h") if waits == "sleep" else wait_for("go"))
+            return n
+
+        return app
+
+    before, after = declared(is_patched=False), declared(is_patched=True)
+    with testing.cluster(before) as cluster:
+        old = before.named("work").start(0)
+        cluster.run()
+        with testing.cluster(after, dsn=cluster.dsn) as deployed:
+            handles = [after.get(old.id), after.named("work").start(0)]
+            for handle in handles:
+                handle.signal("go")
+            if waits == "steps":
+                old.retry()
+            assert [deployed.result(handle) for handle in handles] == [1, 2]
 
 
 # Deaths.
@@ -608,12 +658,13 @@ def test_a_death_that_does_not_happen_fails_the_test(app: App) -> None:
     def never() -> None: ...
 
     with testing.cluster(app) as cluster:
-        with pytest.raises(AssertionError, match="died 0 times after step 'never' and not 1"):
-            with cluster.crash(after=never):
-                cluster.run()
-        with pytest.raises(ZeroDivisionError):
-            with cluster.crash(after=never):
-                _ = 1 / 0
+        with (
+            pytest.raises(AssertionError, match="died 0 times after step 'never' and not 1"),
+            cluster.crash(after=never),
+        ):
+            cluster.run()
+        with pytest.raises(ZeroDivisionError), cluster.crash(after=never):
+            _ = 1 / 0
 
 
 def test_a_death_at_no_step_is_refused(app: App) -> None:
@@ -635,7 +686,13 @@ def test_whatever_was_wrapped_for_a_death_is_as_it_was_afterwards() -> None:
     from durable_cluster.handoff import Handoff
 
     def parts() -> list[Any]:
-        return [StepFunction.run, Handoff.commit, Handoff.complete, WorkerConnection.wait, *world.app.named("machine").steps.values()]
+        return [
+            StepFunction.run,
+            Handoff.commit,
+            Handoff.complete,
+            WorkerConnection.wait,
+            *world.app.named("machine").steps.values(),
+        ]
 
     world = World()
     before = parts()
@@ -675,7 +732,7 @@ def shop(*, steps: tuple[str, ...] = ("price", "charge"), is_patched: bool = Fal
     @app.workflow
     async def fulfil(pet: Pet) -> list[Any]:
         assert isinstance(pet, Pet)
-        began, drawn = now(), chance()
+        began, _ = now(), chance()
         said: list[Any] = [await app.steps[name](pet) for name in steps]
         if is_patched and patched("with a refund"):
             said.append(await app.steps["refund"](pet))
@@ -736,7 +793,9 @@ def test_a_line_less_is_found_where_the_history_goes_on(histories: dict[str, Pat
         check_replay(shop(steps=("price",)), histories["ended"])
 
 
-def test_a_replay_asks_no_database_and_runs_no_step(histories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_asks_no_database_and_runs_no_step(
+    histories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DURABLE_DSN", "host=nowhere")
     app = shop()
     monkeypatch.setattr("durable_cluster.functions.StepFunction.run", None)
@@ -801,9 +860,59 @@ def test_what_is_no_history_is_refused(tmp_path: Path, app: App) -> None:
         (tmp_path / "none.json").write_text(text)
         with pytest.raises(InputError, match=r"none.json holds no history"):
             check_replay(app, tmp_path / "none.json")
-    app.machine("m")
-    with pytest.raises(InputError, match="is a machine"):
+    machine = app.machine("m", state=int)
+
+    @machine.step(start=True)
+    def begin(ctx: Context, n: int) -> Continuation:
+        return ctx.sleep("1d", begin, n)
+
+    with pytest.raises(InputError, match="is a machine and has no history"):
         check_replay(app, History(workflow="m", version=1, place="waits", state=msgspec.Raw(b"{}")))
+    with testing.cluster(app) as cluster:
+        handle = machine.start(1)
+        with pytest.raises(UnknownWorkflow, match="has not been run yet"):
+            cluster.history(handle)
+        cluster.run()
+        with pytest.raises(InputError, match="is a machine and has no history"):
+            cluster.history(handle)
+
+
+def test_a_history_is_replayed_by_the_code_of_its_version() -> None:
+    app = App("versions")
+
+    @app.step
+    def one() -> None: ...
+
+    @app.step
+    def two() -> None: ...
+
+    @app.workflow(name="flow", version=2)
+    async def older() -> None:
+        await one()
+        await wait_for("word")
+
+    with testing.cluster(app) as cluster:
+        handle = older.start()
+        cluster.run()
+        history = cluster.history(handle)
+
+    def changed(app: App, version: int) -> None:
+        @app.workflow(name="flow", version=version)
+        async def newer() -> None:
+            await two()
+
+    changed(app, 3)
+    check_replay(app, history)
+    alone = App("versions")
+    alone.step(one.function), alone.step(two.function)
+    changed(alone, 1)
+    with pytest.raises(
+        UnknownWorkflow, match="the history is of version 2 of workflow 'flow'; this code has come to 1"
+    ):
+        check_replay(alone, history)
+    changed(alone, 4)
+    with pytest.raises(NonDeterminismError, match="'one' is recorded, and the code now asks for 'two'"):
+        check_replay(alone, history)
 
 
 def test_workflows_of_a_running_system_are_recorded_wherever_they_stand(dsn: str) -> None:
@@ -919,7 +1028,9 @@ with testing.cluster(app) as cluster:
         ("gathered", 2, "GATHERED slow,GATHERED blocking"),
     ],
 )
-def test_who_stands_at_a_breakpoint_has_all_the_time_there_is(tmp_path: Path, kind: str, stops: int, result: str) -> None:
+def test_who_stands_at_a_breakpoint_has_all_the_time_there_is(
+    tmp_path: Path, kind: str, stops: int, result: str
+) -> None:
     """Longer than the step's timeout, the grace of one that hangs, and the interval after which the silent are dead."""
     program = tmp_path / "debugged.py"
     program.write_text(f"KINDS = {[kind]!r}\n{DEBUGGED}")
@@ -949,7 +1060,7 @@ def test_where_nobody_debugs_a_step_is_late_as_anywhere() -> None:
 
     with testing.cluster(app) as cluster:
         for kind in ("hanging", "standing"):
-            with pytest.raises(WorkflowStuck, match="did not end within its timeout of 0.2 s"):
+            with pytest.raises(WorkflowStuck, match=r"did not end within its timeout of 0\.2 s"):
                 cluster.result(flow.start(kind))
 
 
@@ -1039,7 +1150,9 @@ def test_the_fixture_runs_the_app_of_the_suite(run_pytest: Callable[..., subproc
     assert "hello, adam" in done.stdout
 
 
-def test_a_suite_that_has_no_app_is_told_how_to_name_it(run_pytest: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_a_suite_that_has_no_app_is_told_how_to_name_it(
+    run_pytest: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     done = run_pytest(test_mine="def test_mine(durable): ...")
     assert "1 error" in done.stdout, done.stdout + done.stderr
     assert "runs the app that the fixture 'durable_app' returns; define that in conftest.py" in done.stdout
@@ -1089,7 +1202,12 @@ def test_a_cluster_needs_no_pytest(tmp_path: Path) -> None:
         )
     )
     done = subprocess.run(
-        [sys.executable, "-m", "unittest", "test_unit"], cwd=tmp_path, capture_output=True, check=False, text=True, timeout=60
+        [sys.executable, "-m", "unittest", "test_unit"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
 
@@ -1107,7 +1225,13 @@ def test_without_a_server_of_its_own_the_kit_brings_one_that_is_gone_with_its_pr
     (tmp_path / "program.py").write_text(textwrap.dedent(program))
     environment = {name: value for name, value in os.environ.items() if name != "DURABLE_DSN"}
     done = subprocess.run(
-        [sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, check=False, text=True, timeout=60
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     *said, socket = done.stdout.split("\n")[:-1]

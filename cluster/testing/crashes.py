@@ -173,7 +173,8 @@ class Crash:
 
 def _found(app: App, step: AnyStep) -> tuple[str, list[Machine]]:
     """The step's name, and the machines that have it; none for one of linear workflows. Raises AppError."""
-    machines = [machine for machine in app.machines.values() if not isinstance(machine, Workflow)]
+    every = [machine for newest in app.machines.values() for machine in newest.versions.values()]
+    machines = [machine for machine in every if not isinstance(machine, Workflow)]
     if isinstance(step, str):
         if step in app.steps:
             return step, []

@@ -18,7 +18,7 @@ from durable_cluster.app import App
 from durable_cluster.client import Client
 from durable_cluster.context import Context
 from durable_cluster.envelope import Envelope
-from durable_cluster.errors import HandlerError, InputError, NonDeterminismError, TerminalError
+from durable_cluster.errors import HandlerError, InputError, NonDeterminismError, TerminalError, UnknownWorkflow
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.joins import ChildResult
 from durable_cluster.linear import OWN, RESUME, Workflow
@@ -67,13 +67,9 @@ def check_replay(app: App, history: History | Path | str) -> None:
     InputError for a file that is no history.
     """
     known = history if isinstance(history, History) else History.load(history)
-    workflow = app.named(known.workflow)
-    if not isinstance(workflow, Workflow):
-        raise InputError(
-            f"'{known.workflow}' is a machine: it has no lines to replay; a step's state is checked by its type"
-        )
+    workflow = _code_for(app, known.workflow, known.version)
     carried = carried_decoder.decode(known.state)
-    ctx = Context(workflow, Envelope(NOBODY, 1, workflow.name, RESUME, workflow.version, known.state))
+    ctx = Context(workflow, Envelope(NOBODY, 1, workflow.name, RESUME, known.version, known.state))
     with patch.object(app, "client", _Recorded(known.children)):
         try:
             execution = workflow.execution(ctx, carried)
@@ -89,8 +85,8 @@ def record(app: App, *, limit: int = 100) -> list[History]:
     They hold payloads: treat the files as you treat those. The database role has to own the schema.
     """
     connection = app.client.connection()
-    linear = [machine.name for machine in app.machines.values() if isinstance(machine, Workflow)]
-    return [_of(app, one) for one in statements.standing(connection, linear, limit=limit)]
+    names = sorted({workflow.name for workflow in workflows_of(app)})
+    return [_of(app, one) for one in statements.standing(connection, names, limit=limit)]
 
 
 def standing(app: App, workflow_id: str) -> History | None:
@@ -121,7 +117,7 @@ def of_ended(app: App, workflow_id: str, ended: Ended) -> History:
 @contextmanager
 def recorded(app: App, ended: dict[str, Ended]) -> Iterator[None]:
     """Meanwhile what the app's workflows carry when they end is put into ``ended``, by id."""
-    linear = [machine for machine in app.machines.values() if isinstance(machine, Workflow)]
+    workflows = workflows_of(app)
 
     def around(workflow: Workflow[Any, Any], inner: Callable[[Context, Execution], Any]) -> Callable[..., Any]:
         def handed_on(ctx: Context, execution: Execution) -> Any:
@@ -132,13 +128,33 @@ def recorded(app: App, ended: dict[str, Ended]) -> Iterator[None]:
 
         return handed_on
 
-    for workflow in linear:
+    for workflow in workflows:
         workflow.handed_on = around(workflow, workflow.handed_on)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for workflow in linear:
+        for workflow in workflows:
             del workflow.handed_on
+
+
+def workflows_of(app: App) -> list[Workflow[Any, Any]]:
+    """Its linear workflows, in all versions."""
+    machines = [machine for newest in app.machines.values() for machine in newest.versions.values()]
+    return [machine for machine in machines if isinstance(machine, Workflow)]
+
+
+def _code_for(app: App, name: str, version: int) -> Workflow[Any, Any]:
+    """What takes such a workflow up. Raises UnknownWorkflow, InputError."""
+    newest = app.named(name)
+    try:
+        workflow = newest.of_version(version)
+    except KeyError:
+        raise UnknownWorkflow(
+            f"the history is of version {version} of workflow '{name}'; this code has come to {newest.version}"
+        ) from None
+    if not isinstance(workflow, Workflow):
+        raise InputError(f"'{name}' is a machine and has no history: its step events carry its state, and nothing else")
+    return workflow
 
 
 def _demand_fitting(workflow: Workflow[Any, Any], execution: Execution, carried: Carried) -> None:
@@ -157,7 +173,7 @@ def _demand_fitting(workflow: Workflow[Any, Any], execution: Execution, carried:
 
 def _of(app: App, found: Standing) -> History:
     envelope = found.envelope
-    workflow = app.named(envelope.workflow)
+    workflow = _code_for(app, envelope.workflow, envelope.version)
     state = workflow.cleanup_state(envelope) if envelope.step in OWN else envelope.state
     spawned = carried_decoder.decode(state).spawned
     return History(

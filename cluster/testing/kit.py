@@ -100,8 +100,8 @@ class Cluster:
                     raise
                 else:
                     break
-        for machine in self.app.machines.values():
-            machine.forget_all()
+        for workflow in histories.workflows_of(self.app):
+            workflow.forget_all()
         return ran + self._steps - before
 
     def advance(self, by: Duration) -> int:
@@ -174,8 +174,8 @@ class Cluster:
         )
         if known is None:
             raise UnknownWorkflow(
-                f"workflow {short_id(handle.id)}… ('{handle.workflow}') has no history here: it is a machine's, did not end in"
-                " this cluster, or has not been run yet; call cluster.run() first"
+                f"workflow {short_id(handle.id)}… ('{handle.workflow}') has no history here: it did not end in this cluster,"
+                " or has not been run yet; call cluster.run() first"
             )
         return known
 
