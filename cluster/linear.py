@@ -190,6 +190,8 @@ class Workflow(TypedMachine[In, R]):
             return failed
         if execution.notes is not None:
             ctx.notes, execution.notes = noted_too(ctx.notes, execution.notes), None
+        if execution.overrun is not None:
+            return self._stuck(execution, execution.overrun)
         if execution.is_done:
             return self._ended(ctx, execution)
         waiting = self._waiting(ctx, execution)
