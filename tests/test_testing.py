@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -1148,6 +1149,14 @@ def test_the_fixture_runs_the_app_of_the_suite(run_pytest: Callable[..., subproc
     )
     assert "4 passed" in done.stdout and "1 failed" in done.stdout, done.stdout + done.stderr
     assert "hello, adam" in done.stdout
+
+
+def test_the_suite_of_the_guide_passes(run_pytest: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    page = (ROOT / "docs" / "guide" / "testing.md").read_text()
+    files = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    assert set(files) == {"flows", "conftest", "test_flows"}
+    done = run_pytest(**files)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_suite_that_has_no_app_is_told_how_to_name_it(
