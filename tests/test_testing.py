@@ -333,8 +333,11 @@ def test_an_ordinary_installation_over_one_of_the_kit_gives_the_real_clock_back(
         assert not schema.is_current(conn)
         schema.install(conn, shards=1)
         assert schema.is_current(conn)
-        real = "select abs(extract(epoch from clock_timestamp() - durable.now())) < 1, to_regproc('durable.set_clock')"
-        assert conn.execute(real).fetchone() == (True, None)
+        real = (
+            "select abs(extract(epoch from clock_timestamp() - durable.now())) < 1,"
+            " to_regproc('durable.set_clock'), to_regclass('durable.test_clock')"
+        )
+        assert conn.execute(real).fetchone() == (True, None, None)
         with pytest.raises(ConfigurationError, match="the real one"):
             cluster.advance("1d")
 
@@ -554,6 +557,7 @@ def test_a_step_beside_which_its_process_dies_runs_again_or_not(workflow: str, s
         with cluster.crash(**{point: step}) as crash:  # type: ignore[arg-type]
             cluster.run()
         assert crash.happened == 1
+        assert len(world.ran) == RUNS[point], "a death is no attempt, after which there would be a pause"
         assert cluster.result(handle) == 1
         assert len(world.ran) == RUNS[point]
         assert conn.execute("select count(*) from ledger").fetchone() == (int(step == "booked"),)
@@ -600,8 +604,12 @@ def test_who_has_died_undoes_nothing(app: App) -> None:
     undone: list[str] = []
 
     @app.step
-    def book(what: str) -> str:
-        return what
+    def book_flight() -> str:
+        return "flight"
+
+    @app.step
+    def book_hotel() -> str:
+        return "hotel"
 
     @app.step
     def give_back(what: str) -> None:
@@ -610,14 +618,13 @@ def test_who_has_died_undoes_nothing(app: App) -> None:
     @app.workflow
     async def flow() -> str:
         async with compensation() as undo:
-            await book("flight")
-            undo(give_back, "flight")
-            return await book("hotel")
+            undo(give_back, await book_flight())
+            return await book_hotel()
 
     with testing.cluster(app) as cluster:
         for point in ("before", "after"):
             handle = flow.start()
-            with cluster.crash(**{point: book}):  # type: ignore[arg-type]
+            with cluster.crash(**{point: book_hotel}):  # type: ignore[arg-type]
                 cluster.run()
             assert handle.result(timeout=0) == "hotel"
     assert undone == []

@@ -30,6 +30,9 @@ AnyStep = StepFunction[..., Any] | Callable[..., Any] | str
 class Died(BaseException):
     """Where the code of a process that has died would have gone on."""
 
+    def __str__(self) -> str:
+        return "the process has died here; only cluster.run(), advance() and result() go on with another"
+
 
 class Crash:
     """Where a process of ``app`` dies, ``times`` times. ``happened``: how often it has."""
