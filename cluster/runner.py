@@ -27,7 +27,7 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
 
     tracing = telemetry.configure("run")
     try:
-        runner = Runner(app)
+        runner = Runner(app, tracing=tracing)
         try:
             runner.run(until_idle=until_idle, is_over=is_over)
         finally:
@@ -41,12 +41,12 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
 class Runner:
     """One consumer of all shards of the app's database, and what fires its schedules."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, *, tracing: telemetry.Tracing | None = None) -> None:
         dsn = app.client.dsn
         with connect(dsn, name="durable-cluster run") as connection:
             shards = schema.demand_installed(connection)
             schedules.declare(app, connection)
-        self.consumer = Consumer(dsn, 0, app.machines, app.settings)
+        self.consumer = Consumer(dsn, 0, app.machines, app.settings, tracing=tracing)
         self.consumer.shards = list(range(shards))
         self._firing = Firing()
         self._worth_waiting_s = app.clock.real_s(WORTH_WAITING_S)
