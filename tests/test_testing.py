@@ -35,6 +35,7 @@ from durable_cluster import (
     Settings,
     TerminalError,
     UnknownWorkflow,
+    Where,
     WorkflowStuck,
     compensation,
     current,
@@ -923,9 +924,19 @@ def test_a_history_is_replayed_by_the_code_of_its_version() -> None:
         check_replay(alone, history)
 
 
-def test_workflows_of_a_running_system_are_recorded_wherever_they_stand(dsn: str) -> None:
+class Reversed:
+    """A codec, so to speak."""
+
+    def encode(self, payload: bytes, where: Where, /) -> bytes:
+        return payload[::-1]
+
+    decode = encode
+
+
+@pytest.mark.parametrize("codec", [None, Reversed()], ids=["plain", "coded"])
+def test_workflows_of_a_running_system_are_recorded_wherever_they_stand(dsn: str, codec: Any) -> None:
     """Not only in databases of the kit."""
-    app = App("live", dsn=dsn)
+    app = App("live", dsn=dsn, codec=codec)
 
     @app.step(retry=Retry(attempts=1))
     async def fail() -> None:

@@ -70,7 +70,7 @@ def check_replay(app: App, history: History | Path | str) -> None:
     workflow = _code_for(app, known.workflow, known.version)
     carried = carried_decoder.decode(known.state)
     ctx = Context(workflow, Envelope(NOBODY, 1, workflow.name, RESUME, known.version, known.state))
-    with patch.object(app, "client", _Recorded(known.children)):
+    with patch.object(app, "client", _Recorded(app, known.children)):
         try:
             execution = workflow.execution(ctx, carried)
             _demand_fitting(workflow, execution, carried)
@@ -172,7 +172,7 @@ def _demand_fitting(workflow: Workflow[Any, Any], execution: Execution, carried:
 
 
 def _of(app: App, found: Standing) -> History:
-    envelope = found.envelope
+    envelope = app.payloads.event(found.envelope)
     workflow = _code_for(app, envelope.workflow, envelope.version)
     state = workflow.cleanup_state(envelope) if envelope.step in OWN else envelope.state
     spawned = carried_decoder.decode(state).spawned
@@ -194,8 +194,8 @@ def _children(app: App, workflow_id: str, spawned: int) -> tuple[ChildResult, ..
 class _Recorded(Client):
     """In place of a database: the children of a history."""
 
-    def __init__(self, children: Sequence[ChildResult]) -> None:
-        super().__init__(dsn=None, data=None, encode_state=lambda *_: "")
+    def __init__(self, app: App, children: Sequence[ChildResult]) -> None:
+        super().__init__(dsn=None, data=None, encode_state=app.encoded_state, payloads=app.payloads)
         self._children = children
 
     def children(self, parent_id: str, first: int, limit: int) -> list[ChildResult]:
