@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
-    """Run until nothing is ready or due within a minute, the limit is over, or for ever. Steps run."""
+    """Run until nothing is ready, due within a minute or left by a process that died, the limit is over, or for ever. Steps run."""
     dsn = app.client.dsn
     with connect(dsn, name="durable-cluster run") as connection:
         shards = schema.demand_installed(connection)
