@@ -26,10 +26,13 @@ from durable_cluster.schedules import Schedules, planned
 from durable_cluster.search import Listed, Which, listed
 from durable_cluster.settings import Settings, checked_name
 from durable_cluster.types import encoded_input
+from durable_cluster.upcasts import Upcasts
 
 P = ParamSpec("P")
 R = TypeVar("R")
 In = TypeVar("In")
+Old = TypeVar("Old")
+New = TypeVar("New")
 
 
 class Anything:
@@ -49,6 +52,7 @@ class App:
         self.settings = settings or Settings()
         self.machines: dict[str, Machine] = {}
         self.steps: dict[str, StepFunction[..., Any]] = {}
+        self.upcasts = Upcasts()
         self.clock = Clock()
         self.declared: dict[str, Plan] = {}
         self.schedules = Schedules(self)
@@ -59,7 +63,8 @@ class App:
     def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:
         """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type.
 
-        ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order.
+        ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order. ``version``: see
+        ``workflow``. Raises AppError.
         """
         machine = Machine(self, name, state=state, version=version, limit=limit)
         self._add(machine)
@@ -149,8 +154,9 @@ class App:
         """Make a function a workflow: linear code whose awaits of steps, sleeps, signals and children are checkpoints.
 
         It takes one input, or none. Between its awaits it has to come to the same again: time, chance and I/O belong into steps,
-        ``now()``, ``uuid4()``, ``random()`` and ``side_effect()``. ``limit``: how many may live at once, or begin a period. Raises
-        AppError.
+        ``now()``, ``uuid4()``, ``random()`` and ``side_effect()``. ``limit``: how many may live at once, or begin a period.
+        ``version``: a whole number; a workflow goes on with the code of its version if there is any (under the same ``name``), else
+        with that of the next version, and waits where all code is older. Raises AppError.
         """
 
         def register(function: Callable[..., Any]) -> Workflow[Any, Any]:
@@ -162,13 +168,26 @@ class App:
 
         return WorkflowDecorator(register) if function is None else register(function)
 
+    def upcast(self, old: type[Old], new: type[New]) -> Callable[[Callable[[Old], New]], Callable[[Old], New]]:
+        """Make a function the way from ``old``, a type that older code wrote, to ``new``, the class that took its place.
+
+        ``@app.upcast(OrderV1, Order)``. It is asked where a stored value does not fit ``new``, by itself or inside of another one:
+        inputs, states, arguments and results of steps, payloads of signals, results. One upcast may lead to the old type of
+        another. Raises AppError.
+        """
+
+        def register(function: Callable[[Old], New]) -> Callable[[Old], New]:
+            self.upcasts.add(old, new, function)
+            return function
+
+        return register
+
     def _add(self, machine: Machine) -> None:
-        if machine.name in self.machines:
-            raise AppError(f"app '{self.name}' has a workflow '{machine.name}' already")
-        self.machines[machine.name] = machine
+        known = self.machines.get(machine.name)
+        self.machines[machine.name] = machine if known is None else machine.beside(known)
 
     def named(self, name: str) -> Machine:
-        """The workflow called ``name``. Raises UnknownWorkflow."""
+        """The workflow called ``name``, in its newest version. Raises UnknownWorkflow."""
         if name not in self.machines:
             raise UnknownWorkflow(
                 f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}"

@@ -57,14 +57,16 @@ def wait_for(
     it, counts. Raises InputError, also for a payload that does not fit.
     """
     waiting: Any = select(name, timeout=timeout, require_token=require_token)
+    execution = execution_of("wait_for")
+    upcasts = execution.workflow.app.upcasts
 
     def payload(signal: Signal | None) -> Any:
-        return None if signal is None else signal.payload if type_ is Any else signal.payload_as(type_)
+        return None if signal is None else signal.payload if type_ is Any else signal.payload_as(type_, upcasts)
 
     async def awaited() -> Any:
         return payload(await waiting)
 
-    return payload(waiting) if execution_of("wait_for").is_sync else awaited()
+    return payload(waiting) if execution.is_sync else awaited()
 
 
 def select(
@@ -252,11 +254,11 @@ async def loop(state: S) -> AsyncIterator[Turn[S]]:
     key = execution.key("loop")
     position = key.partition(" ")[0]
     decoder = decoder_of(_type_of(state), "the state of a loop")
-    known = execution.recorded(key)
+    known, upcasts = execution.recorded(key), execution.workflow.app.upcasts
     recorded = _recorded.decode(known) if known is not None else _Recorded(0, msgspec.Raw(encode(state)))
     while True:
         branch.prefix, branch.awaits, branch.branches = f"{position}~{recorded.n}.", 0, 0
-        turn: Turn[S] = Turn(recorded.n, decoder.decode(recorded.state))
+        turn: Turn[S] = Turn(recorded.n, upcasts.decoded(decoder, recorded.state))
         yield turn
         recorded = _Recorded(recorded.n + 1, msgspec.Raw(encode(turn.state)))
         execution.record(key, encode(recorded))
@@ -283,7 +285,7 @@ async def _scoped(execution: Execution, function: Callable[..., Any], args: Any,
         known = msgspec.Raw(encode(value))
         execution.record(key, bytes(known))
         execution.forget_below(f"{position}~")
-    return decoder.decode(known)
+    return execution.workflow.app.upcasts.decoded(decoder, known)
 
 
 class compensation:

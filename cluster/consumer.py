@@ -232,8 +232,9 @@ class Consumer:
         except psycopg.Error as error:
             logger.warning("shard %d: its windows could not be handed back: %s", self.home, type(error).__name__)
         self._beside.close()
-        for machine in self._machines.values():
-            machine.forget_all()
+        for newest in self._machines.values():
+            for machine in newest.versions.values():
+                machine.forget_all()
         self._connection.close()
 
     def _leave(self, shard: int) -> None:

@@ -72,7 +72,7 @@ class Spawn(msgspec.Struct, frozen=True, gc=False):
 class Join(msgspec.Struct, frozen=True, gc=False):
     """The workflow starts ``children`` and goes on with ``goto`` when enough have ended, with ``late`` after ``timeout_s`` seconds.
 
-    ``needed``, ``tolerance``: see ``joins.Joining``.
+    ``needed``, ``tolerance``: see ``joins.Joining``. ``names``, ``token_seq``: signals that it goes on with too; see ``Wait``.
     """
 
     children: tuple[Child, ...]
@@ -83,6 +83,8 @@ class Join(msgspec.Struct, frozen=True, gc=False):
     tolerance: int | None = None
     cancels_rest: bool = False
     keeps_group: bool = False
+    names: tuple[str, ...] = ()
+    token_seq: int | None = None
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):

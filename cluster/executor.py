@@ -82,6 +82,8 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
     """
     try:
         machine = machines[envelope.workflow]
+        if envelope.version != machine.version:
+            machine = machine.of_version(envelope.version)
         return Task(machine, machine.steps[envelope.step], envelope)
     except KeyError:
         if envelope.workflow in (SIGNAL, CANCEL):
@@ -98,9 +100,12 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
 
     None where the step goes on as it is: it belongs to the cleanup, is a signal, or no code here knows the workflow.
     """
-    if envelope.cancelled or envelope.workflow not in machines:
+    if envelope.cancelled:
         return None
-    machine = machines[envelope.workflow]
+    try:
+        machine = machines[envelope.workflow].of_version(envelope.version)
+    except KeyError:
+        return None
     cleanup = machine.on_cancel
     if cleanup is None:
         return Outcome(envelope.workflow_id, "cancelled", encode(_said_of(envelope, reason, None)).decode())
@@ -235,6 +240,8 @@ def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | 
         returned.tolerance,
         returned.cancels_rest,
         returned.keeps_group,
+        returned.names,
+        returned.token_seq,
     )
 
 
@@ -306,17 +313,24 @@ def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
 
 
 def _unrouted(envelope: Envelope, machines: Mapping[str, Machine], limit_s: float) -> Result:
-    if envelope.workflow in machines:
-        known: Mapping[str, object] = machines[envelope.workflow].steps
-        what = f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code"
-    else:
-        known, what = machines, f"no workflow '{envelope.workflow}' in this app"
+    unknown = _unknown(envelope, machines)
     if _waited_s(envelope.unrouted) >= limit_s:
-        return dead_letter(envelope, "unroutable", f"{what}; it has {', '.join(known) or 'none'}")
+        return dead_letter(envelope, "unroutable", unknown)
     if envelope.unrouted == 0:
-        logger.warning("%s; %s… waits for a process that does", what, short_id(envelope.workflow_id))
+        logger.warning("%s; %s… waits for a process that knows it", unknown, short_id(envelope.workflow_id))
     pause_s = min(UNROUTED_PAUSE_S_MAX, 2.0 ** min(envelope.unrouted, UNROUTED_DOUBLINGS))
     return Later(msgspec.structs.replace(without_permit(envelope), unrouted=envelope.unrouted + 1), pause_s)
+
+
+def _unknown(envelope: Envelope, machines: Mapping[str, Machine]) -> str:
+    """What this code does not know, and what it has in its place."""
+    newest = machines.get(envelope.workflow)
+    if newest is None:
+        return f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}"
+    if envelope.version > newest.version:
+        return f"workflow '{envelope.workflow}' has come to version {envelope.version}; this code is of version {newest.version}"
+    steps = newest.of_version(envelope.version).steps
+    return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {', '.join(steps) or 'none'}"
 
 
 def _waited_s(times: int) -> float:
@@ -366,6 +380,10 @@ def _arguments(task: Task, context: Context) -> tuple[Any, ...]:
 def _state_of(task: Task) -> Any:
     try:
         return task.step.decoder.decode(task.envelope.state)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass  # older code may have written it
+    try:
+        return task.machine.app.upcasts.decoded(task.step.decoder, task.envelope.state)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandlerError(f"the state does not fit step '{task.step.name}': {error}") from error
 

@@ -175,7 +175,7 @@ class Workflow(TypedMachine[In, R]):
                 return known
             known.close()
         try:
-            value = self.first.decoder.decode(carried.input)  # type: ignore[union-attr]
+            value = self.app.upcasts.decoded(self._first().decoder, carried.input)
         except msgspec.DecodeError as error:
             raise HandlerError(f"the input does not fit workflow '{self.name}' any more: {error}") from error
         return self._entered(ctx, carried, value)

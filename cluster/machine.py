@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+VERSION_MAX = 2**31 - 1
+
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A handler and how to call it. ``is_reported_soon``: its progress is what others stand on, and not only a hint."""
@@ -69,7 +71,8 @@ class Machine:
     def __init__(self, app: App, name: str, *, state: Any, version: int, limit: Limit | None) -> None:
         self.app = app
         self.name = checked_name("workflow", name)
-        self.version = version
+        self.version = checked_version(self.name, version)
+        self.versions: dict[int, Machine] = {self.version: self}
         self.limit = checked_limit(limit, of=f"machine '{name}'")
         self.steps: dict[str, Step] = {}
         self.first: Step | None = None
@@ -138,6 +141,28 @@ class Machine:
             raise AppError(
                 f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
             )
+
+    def beside(self, older: Machine) -> Machine:
+        """Both of them in one app, which have one name and two versions; the newest of all. Raises AppError."""
+        if self.version in older.versions:
+            raise AppError(
+                f"app '{self.app.name}' has a workflow '{self.name}' of version {self.version} already;"
+                " give one of them another name or version"
+            )
+        versions = {**older.versions, self.version: self}
+        for machine in versions.values():
+            machine.versions = versions
+        return versions[max(versions)]
+
+    def of_version(self, version: int) -> Machine:
+        """The code for a workflow of this version: of its own, else of the next one there is. KeyError: all code is older."""
+        known = self.versions.get(version)
+        if known is not None:
+            return known
+        newer = [one for one in self.versions if one > version]
+        if not newer:
+            raise KeyError(version)
+        return self.versions[min(newer)]
 
     def step_name(self, step: str | Callable[..., Any]) -> str:
         """The name of one of this machine's steps. Raises AppError for any other."""
@@ -241,7 +266,7 @@ class Machine:
 
         ``await`` the handle for its output. Raises InputError.
         """
-        return spawned(self.child(value, after=after, attributes=attributes), ANY)
+        return spawned(self.child(value, after=after, attributes=attributes), ANY.decode)
 
     def pause(self, *, actor: str | None = None) -> bool:
         """From now on no workflow of this kind begins a step, until ``resume``; new ones may be started. Whether that is new."""
@@ -286,6 +311,13 @@ class Machine:
         what = f"the input of workflow '{self.name}'"
         limit = self.app.settings.payload_bytes_max
         return encoded_input(value, decoder=first.decoder, what=what, bytes_max=limit).decode()
+
+
+def checked_version(workflow: str, version: int) -> int:
+    """``version``, if it is one. Raises AppError."""
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= VERSION_MAX:
+        raise AppError(f"workflow '{workflow}': version={version!r}; it is a whole number from 0 to {VERSION_MAX:,}")
+    return version
 
 
 def demand_callable(step_name: str, *, is_async: bool, transactional: bool, blocking: bool) -> None:

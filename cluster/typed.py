@@ -92,7 +92,10 @@ class TypedMachine(Machine, Generic[In, R]):
 
         Raises InputError.
         """
-        return spawned(self.child(value, after=after, attributes=attributes), self.returned)
+        return spawned(self.child(value, after=after, attributes=attributes), self._read)
 
     def _typed(self, handle: Handle) -> WorkflowHandle[R]:
-        return WorkflowHandle(self.app.client, self.name, handle.id, self.returned)
+        return WorkflowHandle(self.app.client, self.name, handle.id, self._read)
+
+    def _read(self, output: bytes) -> Any:
+        return self.app.upcasts.decoded(self.returned, output)

@@ -609,6 +609,71 @@ def test_children_are_awaited_one_by_one_in_any_order_or_together(app: App) -> N
     assert seen[4:] == [5, [1, 2]]
 
 
+def test_signals_and_children_are_awaited_at_once(app: App, clock: Callable[[float], None]) -> None:
+    @app.workflow
+    async def child(n: int) -> str:
+        await sleep(3_600.0 * n)
+        return f"child {n}"
+
+    @app.step
+    def note(what: str) -> str:
+        return what
+
+    @app.workflow
+    async def parent(n: int) -> list[Any]:
+        kept = child.spawn(n)
+        word = await first(kept.wait(), wait_for("stop", str))
+        await note(word)
+        try:
+            async with asyncio.timeout(7_200):
+                late = await first(kept.wait(), wait_for("again", str))
+        except TimeoutError:
+            late = "too late"
+        return [word, late]
+
+    early, later, ended, never = (parent.start(n) for n in (24, 24, 1, 24))
+    early.signal("stop", "early")
+    early.signal("again", "at once")
+    app.run(until_idle=True)
+    assert early.result(timeout=1) == ["early", "at once"]
+    for handle in (later, never):
+        handle.signal("stop", "later")
+    app.run(until_idle=True)
+    clock(3_700)
+    app.run(until_idle=True)
+    assert ended.result(timeout=1) == ["child 1", "child 1"]
+    assert [later.status(), never.status()] == ["running", "running"]
+    later.signal("again", "once more")
+    assert ran(app, later) == ["later", "once more"]
+    clock(7_300)
+    assert ran(app, never) == ["later", "too late"]
+
+
+def test_a_signal_with_a_token_counts_beside_children(app: App) -> None:
+    tokens: list[str] = []
+
+    @app.workflow
+    async def child(n: int) -> str:
+        await wait_for("never")
+        return "never"
+
+    @app.step
+    def ask(ctx: Context) -> None:
+        tokens.append(ctx.token)
+
+    @app.workflow
+    async def parent() -> str:
+        await ask()
+        return await first(child.spawn(1).wait(), wait_for("approved", str, require_token=True))
+
+    handle = parent.start()
+    app.run(until_idle=True)
+    with pytest.raises(Exception, match="token"):
+        handle.signal("approved", "nobody")
+    handle.signal("approved", "ada", token=tokens[0])
+    assert ran(app, handle) == "ada"
+
+
 def test_two_thousand_children_are_spawned_in_waves(app: App) -> None:
     @app.workflow
     async def child(n: int) -> int:
