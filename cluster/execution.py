@@ -80,6 +80,7 @@ class Execution:
         self.wrong: NonDeterminismError | None = None
         self.ahead: Ahead | None = None
         self.is_replaying = True
+        self.is_past = False
         self.notes: Notes | None = None
         self._input = bytes(carried.input)
         self._keys: list[str] = []
@@ -96,8 +97,9 @@ class Execution:
 
     # From outside.
 
-    def enter(self, main: Coroutine[Any, Any, Any]) -> None:
-        """Begin the function and feed it with what is recorded."""
+    def enter(self, main: Coroutine[Any, Any, Any], *, is_past: bool = False) -> None:
+        """Begin the function and feed it with what is recorded. ``is_past``: it has been where that leads, and waits there."""
+        self.is_past = is_past
         recorded = memo.decoded_entries(self.carried.entries)
         self._unread = _names(recorded)
         self.is_replaying = bool(recorded)
@@ -110,7 +112,7 @@ class Execution:
                 self._cancel(msgspec.json.decode(entry.value), encoded)
             else:
                 self._replay(entry, encoded)
-        self.is_replaying = False
+        self.is_replaying = self.is_past = False
 
     def answer(self, key: str, encoded: bytes, value: Any) -> None:
         """An await came to ``value``; ``encoded``: its entry. On to where the function waits again."""
@@ -274,7 +276,7 @@ class Execution:
 
     def patched(self, name: str) -> bool:
         """Whether this run takes the change called ``name``: it was not past it before the change was made."""
-        if name not in self._patches and not self._unread:
+        if name not in self._patches and not self._unread and not self.is_past:
             self._patches.add(name)
         return name in self._patches
 

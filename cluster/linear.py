@@ -178,7 +178,8 @@ class Workflow(TypedMachine[In, R]):
             value = self.app.upcasts.decoded(self._first().decoder, carried.input)
         except msgspec.DecodeError as error:
             raise HandlerError(f"the input does not fit workflow '{self.name}' any more: {error}") from error
-        return self._entered(ctx, carried, value)
+        answers = carried.asked is not None or ctx.signal is not None or ctx.envelope.has_children
+        return self._entered(ctx, carried, value, is_past=answers or ctx.step != RESUME)
 
     def handed_on(self, ctx: Context, execution: Execution) -> Continuation:
         """What the function waits for now, or its end."""
@@ -271,11 +272,13 @@ class Workflow(TypedMachine[In, R]):
             return None
         return Ahead(ctx, time.monotonic() + run_ahead_ms / 1000)
 
-    def _entered(self, ctx: Context, carried: Carried, value: Any, *, ahead: Ahead | None = None) -> Execution:
+    def _entered(
+        self, ctx: Context, carried: Carried, value: Any, *, ahead: Ahead | None = None, is_past: bool = False
+    ) -> Execution:
         execution = Execution(self, ctx.workflow_id, carried)
         execution.thread_id = threading.get_ident()
         execution.ahead = ahead
-        execution.enter(self._main(execution, value))
+        execution.enter(self._main(execution, value), is_past=is_past)
         return execution
 
     def _main(self, execution: Execution, value: Any) -> Coroutine[Any, Any, Any]:
