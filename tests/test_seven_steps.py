@@ -113,6 +113,25 @@ def test_two_workers_never_have_one_task_nor_a_customer_three(sessions: list[Ses
     assert sorted(task for some in taken for task in some) == list(range(min(map(min, filter(None, taken))), 105))
 
 
+def test_who_counts_a_customers_tasks_waits_for_who_counts_them_already(
+    sessions: list[Session], eventually: Callable[..., None]
+) -> None:
+    prepare(sessions, "## 3.")
+    sessions[0].execute("update task set done_at = now()")
+    sessions[0].execute("insert into task (body) select 'mail' from generate_series(1, 9)")
+    first, second, watching = sessions[:3]
+    assert one(first, "select id from take('ada', 2)") is not None
+    taken: list[Any] = []
+    thread = threading.Thread(target=lambda: taken.append(one(second, "select id from take('ada', 2)")))
+    with first.transaction():
+        assert one(first, "select id from take('ada', 2)") is not None
+        thread.start()
+        waits = "select count(*) from pg_stat_activity where pid = %s and wait_event_type = 'Lock'"
+        eventually(lambda: taken or one(watching, waits, second.info.backend_pid))
+    thread.join(10)
+    assert taken == [None]
+
+
 def test_no_event_is_lost_or_read_twice_beside_writers_ticks_and_rotations(sessions: list[Session]) -> None:
     prepare(sessions, "And now lunch")
     _, rotator, *writers = sessions
