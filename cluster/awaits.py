@@ -22,6 +22,7 @@ from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.handles import ChildHandle, execution_of, wait_of
+from durable_cluster.logs import WorkflowLogger
 from durable_cluster.notes import Attributes
 from durable_cluster.settings import checked_name
 from durable_cluster.signals import Signal
@@ -171,12 +172,14 @@ def random() -> float:
 
 
 def side_effect(make: Callable[[], T]) -> T:
-    """What ``make`` returns (JSON), recorded.
+    """What ``make`` returns (JSON, read as the type that ``make`` says it returns, if it says one), recorded.
 
     It runs again if this process dies before the next checkpoint: for what is cheap and harmless.
     """
-    result: T = execution_of("side_effect").instant("side_effect", make)
-    return result
+    execution = execution_of("side_effect")
+    decoder = decoder_of(_returned_by(make), "what side_effect() is given returns")
+    value: T = execution.workflow.app.upcasts.decoded(decoder, encode(execution.instant("side_effect", make)))
+    return value
 
 
 def patched(name: str) -> bool:
@@ -201,11 +204,15 @@ def set_progress(progress: Any) -> None:
 
 
 class Running(msgspec.Struct, frozen=True):
-    """The workflow whose line asks. ``workflow_id``: whole, a capability; ``run``: how often it was continued as new."""
+    """The workflow whose line asks. ``workflow_id``: whole, a capability; ``run``: how often it was continued as new.
+
+    ``logger``: its records say which workflow speaks; silent where the function only comes again to where it was.
+    """
 
     workflow_id: str
     workflow: str
     run: int
+    logger: WorkflowLogger
 
     @property
     def short_id(self) -> str:
@@ -219,7 +226,9 @@ class Running(msgspec.Struct, frozen=True):
 def current() -> Running:
     """Which workflow this is."""
     execution = execution_of("current")
-    return Running(execution.workflow_id, execution.workflow.name, execution.carried.run)
+    name, workflow_id = execution.workflow.name, execution.workflow_id
+    logger = WorkflowLogger(name, short_id(workflow_id), is_silent=lambda: execution.is_replaying)
+    return Running(workflow_id, name, execution.carried.run, logger)
 
 
 class Turn(Generic[S]):

@@ -37,9 +37,10 @@ class Stuck(msgspec.Struct, frozen=True, gc=False):
 
 
 class Retrying(msgspec.Struct, frozen=True, gc=False):
-    """The first attempt of ``goto`` has failed already; the second follows after ``pause_s``, with what the first said."""
+    """The first attempt of ``goto`` has failed already with ``error``; the second follows after ``pause_s``, with what it said."""
 
     goto: Goto
+    error: BaseException
     pause_s: float
     progress: Any = None
 

@@ -37,10 +37,11 @@ FAILURES = (*STEP_FAILURES, asyncio.CancelledError)
 
 
 class Later(msgspec.Struct, frozen=True):
-    """A step event to be delivered after ``delay_s`` seconds."""
+    """A step event to be delivered after ``delay_s`` seconds. ``reason``: why, if an attempt has failed."""
 
     envelope: Envelope
     delay_s: float
+    reason: str = ""
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
@@ -212,7 +213,8 @@ def _troubled(task: Task, returned: Stuck | Retrying) -> Later | DeadLetter:
     to = _successor(task, returned.goto)
     if isinstance(returned, Stuck):
         return dead_letter(to, returned.reason, _reason(returned.error), trace=_trace(returned.error))
-    return Later(msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress), returned.pause_s)
+    again = msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress)
+    return Later(again, returned.pause_s, _reason(returned.error))
 
 
 def _completed(envelope: Envelope, output: bytes) -> Outcome:
@@ -255,8 +257,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
         return dead_letter(envelope, "given_up", reason, trace=_trace(error))
     is_given_up = isinstance(error, TerminalError) or not policy.is_retried(error)
     if is_given_up or spent >= policy.attempts:
-        instead = _after_failure(task, error)
-        if instead is not None:
+        if (instead := _after_failure(task, error)) is not None:
             return instead
         if isinstance(error, TerminalError):
             return failure(envelope, reason, trace=_trace(error))
@@ -265,7 +266,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
     again = msgspec.structs.replace(
         without_permit(envelope), seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
     )
-    return Later(again, pause_s)
+    return Later(again, pause_s, reason)
 
 
 def _after_failure(task: Task, error: BaseException) -> Result | None:

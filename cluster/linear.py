@@ -87,7 +87,8 @@ class Workflow(TypedMachine[In, R]):
     # Its own steps.
 
     def _start(self, ctx: Context, value: Any) -> Continuation:
-        return self.handed_on(ctx, self._entered(ctx, Carried(ctx.envelope.state), value, ahead=self._ahead(ctx)))
+        execution = self._entered(ctx, Carried(ctx.envelope.state), value, is_first=True, ahead=self._ahead(ctx))
+        return self.handed_on(ctx, execution)
 
     def _resume(self, ctx: Context, carried: Carried) -> Continuation:
         execution = self.execution(ctx, carried)
@@ -178,8 +179,7 @@ class Workflow(TypedMachine[In, R]):
             value = self.app.upcasts.decoded(self._first().decoder, carried.input)
         except msgspec.DecodeError as error:
             raise HandlerError(f"the input does not fit workflow '{self.name}' any more: {error}") from error
-        answers = carried.asked is not None or ctx.signal is not None or ctx.envelope.has_children
-        return self._entered(ctx, carried, value, is_past=answers or ctx.step != RESUME)
+        return self._entered(ctx, carried, value, is_first=_begins_again(ctx, carried))
 
     def handed_on(self, ctx: Context, execution: Execution) -> Continuation:
         """What the function waits for now, or its end."""
@@ -190,6 +190,8 @@ class Workflow(TypedMachine[In, R]):
             return failed
         if execution.notes is not None:
             ctx.notes, execution.notes = noted_too(ctx.notes, execution.notes), None
+        if execution.overrun is not None:
+            return self._stuck(execution, execution.overrun)
         if execution.is_done:
             return self._ended(ctx, execution)
         waiting = self._waiting(ctx, execution)
@@ -273,12 +275,12 @@ class Workflow(TypedMachine[In, R]):
         return Ahead(ctx, time.monotonic() + run_ahead_ms / 1000)
 
     def _entered(
-        self, ctx: Context, carried: Carried, value: Any, *, ahead: Ahead | None = None, is_past: bool = False
+        self, ctx: Context, carried: Carried, value: Any, *, is_first: bool, ahead: Ahead | None = None
     ) -> Execution:
         execution = Execution(self, ctx.workflow_id, carried)
         execution.thread_id = threading.get_ident()
         execution.ahead = ahead
-        execution.enter(self._main(execution, value), is_past=is_past)
+        execution.enter(self._main(execution, value), is_first=is_first)
         return execution
 
     def _main(self, execution: Execution, value: Any) -> Coroutine[Any, Any, Any]:
@@ -354,6 +356,12 @@ class _Steps(dict[str, Step]):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in self._workflow.app.steps
+
+
+def _begins_again(ctx: Context, carried: Carried) -> bool:
+    """Whether this is the first event after ``continue_as_new``: nothing is recorded, and it answers nothing."""
+    answers = carried.asked is not None or ctx.signal is not None or ctx.envelope.has_children
+    return ctx.step == RESUME and carried.run > 0 and bytes(carried.entries) == b"[]" and not answers
 
 
 async def _awaited(execution: Execution, command: Command) -> Any:

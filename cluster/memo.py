@@ -107,3 +107,15 @@ def failed(key: str, failure: Failure) -> bytes:
 def cancelled(reason: str) -> bytes:
     """The entry of a cancel."""
     return encode(Entry(CANCEL_KEY, msgspec.Raw(encode(reason))))
+
+
+def told(key: str) -> str:
+    """A key for people."""
+    position, _, name = key.partition(" ")
+    return f"'{name}'" + (f" at {place(position)}" if position else "")
+
+
+def place(position: str) -> str:
+    """A position for people."""
+    branch, _, count = position.rpartition(".")
+    return f"await {count}" + (f" of branch {branch}" if branch else "")

@@ -29,7 +29,7 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
         return stop_at is not None and time.monotonic() >= stop_at
 
     tracing = telemetry.configure("run")
-    consumer = Consumer(dsn, 0, app.machines, app.settings)
+    consumer = Consumer(dsn, 0, app.machines, app.settings, tracing=tracing)
     consumer.shards = list(range(shards))
     firing = Firing()
     try:

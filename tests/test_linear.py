@@ -821,6 +821,63 @@ def test_what_is_not_the_same_again_is_recorded(app: App) -> None:
     assert result[3] == 1
 
 
+def test_a_side_effect_is_of_the_type_that_its_function_returns(app: App) -> None:
+    def line() -> Line:
+        return Line("tea", 1)
+
+    @app.step
+    def nothing() -> None:
+        pass
+
+    @app.workflow
+    async def work() -> str:
+        made = side_effect(line)
+        await nothing()
+        return made.article
+
+    assert ran(app, work.start()) == "tea"
+
+
+def test_a_line_is_logged_once_by_a_truncated_id_however_often_the_function_is_entered(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.step(retry=TWICE)
+    async def charge(ctx: Context, n: int) -> int:
+        ctx.logger.info("charging %s", n, extra={"cents": n})
+        if ctx.attempt == 1:
+            raise ValueError("not yet")
+        return n
+
+    @app.workflow
+    async def work(n: int) -> int:
+        current().logger.info("run %s begins", n)
+        await charge(n)
+        current().logger.warning("charged")
+        await gather(charge(10), charge(20))
+        current().logger.info("again")
+        if n == 1:
+            continue_as_new(2)
+        return n
+
+    caplog.set_level("INFO", logger="durable_cluster.workflow.work")
+    handle = work.start(1)
+    assert ran(app, handle) == 2
+    short = handle.id[:12]
+    said = [record.getMessage() for record in caplog.records if record.name == "durable_cluster.workflow.work"]
+    lines = [text for text in said if text.startswith(f"{short}…: ")]
+    assert [text.partition(": ")[2] for text in lines] == [
+        *("run 1 begins", "charged", "again"),
+        *("run 2 begins", "charged", "again"),
+    ]
+    assert said.count(f"{short}… charge: charging 1") == said.count(f"{short}… charge: charging 2") == 2
+    steps = [record for record in caplog.records if getattr(record, "step", None) == "charge"]
+    assert {(record.workflow, record.workflow_id, record.attempt, record.cents) for record in steps} >= {
+        ("work", short, 1, 1),
+        ("work", short, 2, 1),
+    }
+    assert handle.id not in caplog.text
+
+
 def test_a_loop_carries_its_state_alone_and_can_be_left(app: App, conn: psycopg.Connection[Any]) -> None:
     @app.step
     def think(n: int) -> int:

@@ -19,12 +19,18 @@ import durable_cluster
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 HEAD = """# Public names
 
-What `from durable_cluster import …` gives, each with the first sentence of its docstring; `help(durable_cluster.App)` has the rest, with units and errors. Anything
-else is not public. Errors are a tree, drawn in `cluster/errors.py`. Kept true by `tests/test_public_names.py`, which also writes it.
+What `from durable_cluster import …` gives, each with the first sentence of its docstring; `help(durable_cluster.App)` has the rest,
+with units and errors. Anything else is not public. Errors are a tree, drawn in `cluster/errors.py`. Kept true by
+`tests/test_public_names.py`, which also writes it.
 
 | name | |
 |---|---|
 """
+
+ALIASES = {
+    "Continuation": "What a step of a machine returns: made by `ctx.goto`, `ctx.done` and the others of `Context`."
+}
+"""Names of types that cannot have a docstring."""
 
 
 def members(name: str) -> Iterator[tuple[str, Any]]:
@@ -34,13 +40,19 @@ def members(name: str) -> Iterator[tuple[str, Any]]:
     for member in dir(thing) if inspect.isclass(thing) else []:
         found = inspect.getattr_static(thing, member)
         found = getattr(found, "fget", None) or getattr(found, "__func__", found)
-        if not member.startswith("_") and isinstance(found, FunctionType) and found.__module__.startswith("durable_cluster"):
+        if (
+            not member.startswith("_")
+            and isinstance(found, FunctionType)
+            and found.__module__.startswith("durable_cluster")
+        ):
             yield f"{name}.{member}", found
 
 
 def page() -> str:
     """The page as it should be."""
-    return HEAD + "".join(f"| `{name}` | {sentence(getattr(durable_cluster, name))} |\n" for name in names())
+    return HEAD + "".join(
+        f"| `{name}` | {ALIASES.get(name) or sentence(getattr(durable_cluster, name))} |\n" for name in names()
+    )
 
 
 def names() -> list[str]:
