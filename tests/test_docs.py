@@ -1,6 +1,6 @@
 """The documents are true: each statement of docs/sql.md is executed, in order, and gives the result that stands below it.
 
-So are the programs of docs/linear.md.
+So are the programs of docs/linear.md and docs/guide/integrations.md.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def test_a_result_that_is_not_shown_as_it_is_is_found() -> None:
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:
-    for document in [DOCS.parent / "README.md", *DOCS.glob("*.md"), *(DOCS.parent / "examples").rglob("*.md")]:
+    for document in [DOCS.parent / "README.md", *DOCS.rglob("*.md"), *(DOCS.parent / "examples").rglob("*.md")]:
         text = document.read_text("utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)\s]*)?\)", text):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
@@ -219,10 +219,9 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
             assert anchor in headings, f"{document.name} links to #{anchor}"
 
 
-def test_the_page_on_linear_workflows_runs_as_one_program_and_prints_what_stands_below(
-    dsn: str, tmp_path: Path
-) -> None:
-    fences = [(found[1], found[2]) for found in FENCE.finditer((DOCS / "linear.md").read_text("utf-8"))]
+@pytest.mark.parametrize("page", ["linear.md", "guide/integrations.md"])
+def test_a_page_runs_as_one_program_and_prints_what_stands_below(dsn: str, tmp_path: Path, page: str) -> None:
+    fences = [(found[1], found[2]) for found in FENCE.finditer((DOCS / page).read_text("utf-8"))]
     program = tmp_path / "page.py"
     program.write_text("\n".join(text for language, text in fences if language == "python"))
     done = subprocess.run(
