@@ -1,6 +1,6 @@
 """The documents are true: each statement of docs/sql.md is executed, in order, and gives the result that stands below it.
 
-So are the programs of docs/linear.md and docs/guide/integrations.md.
+So are the programs of docs/linear.md and docs/guide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 SQL_PAGE = (DOCS / "sql.md").read_text("utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 KEPT = re.compile(r"\s*\\gset\s*$")
+FILE = re.compile(r"# (\w+\.py)\n")
 ANY = "…"
+PROGRAMS = ["linear.md", *sorted(str(page.relative_to(DOCS)) for page in DOCS.glob("guide/*.md"))]
 
 OFFERED = (
     "select distinct p.proname from pg_proc p cross join lateral aclexplode(p.proacl) a"
@@ -207,7 +209,12 @@ def test_a_result_that_is_not_shown_as_it_is_is_found() -> None:
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:
-    for document in [DOCS.parent / "README.md", *DOCS.rglob("*.md"), *(DOCS.parent / "examples").rglob("*.md")]:
+    for document in [
+        DOCS.parent / "README.md",
+        *DOCS.glob("*.md"),
+        *DOCS.glob("guide/*.md"),
+        *(DOCS.parent / "examples").rglob("*.md"),
+    ]:
         text = document.read_text("utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)\s]*)?\)", text):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
@@ -219,13 +226,17 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
             assert anchor in headings, f"{document.name} links to #{anchor}"
 
 
-@pytest.mark.parametrize("page", ["linear.md", "guide/integrations.md"])
+@pytest.mark.parametrize("page", PROGRAMS)
 def test_a_page_runs_as_one_program_and_prints_what_stands_below(dsn: str, tmp_path: Path, page: str) -> None:
     fences = [(found[1], found[2]) for found in FENCE.finditer((DOCS / page).read_text("utf-8"))]
+    blocks = [text for language, text in fences if language == "python"]
+    for file, text in [(found[1], text) for text in blocks if (found := FILE.match(text))]:
+        (tmp_path / file).write_text(text)
     program = tmp_path / "page.py"
-    program.write_text("\n".join(text for language, text in fences if language == "python"))
+    program.write_text("\n".join(text for text in blocks if not FILE.match(text)))
     done = subprocess.run(
         [sys.executable, program],
+        cwd=tmp_path,
         env={**os.environ, "DURABLE_DSN": dsn},
         capture_output=True,
         check=False,
