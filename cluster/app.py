@@ -9,18 +9,21 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import msgspec
 
+from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Client, Handle
 from durable_cluster.clock import Clock
+from durable_cluster.codec import Codec, Payloads, Where
 from durable_cluster.context import Context
 from durable_cluster.durations import Duration
 from durable_cluster.errors import AppError, UnknownWorkflow
 from durable_cluster.functions import StepFunction
+from durable_cluster.interactive import is_interactive
 from durable_cluster.limits import Limit
 from durable_cluster.linear import Workflow
 from durable_cluster.machine import Machine
 from durable_cluster.notes import Attributes
 from durable_cluster.retry import Retry
-from durable_cluster.runner import run_here
+from durable_cluster.runner import run_beside, run_here
 from durable_cluster.schedule_statements import Plan
 from durable_cluster.schedules import Schedules, planned
 from durable_cluster.search import Listed, Which, listed
@@ -43,13 +46,22 @@ class App:
     """The machines of one program, and the database they live in.
 
     ``dsn``: argument, else ``DURABLE_DSN``, else a local Postgres under ``data`` (``./.durable``), started when it is needed.
+    ``codec``: what payloads go through on their way into the database and out of it (see ``codec.Codec``); None: as they are.
+    Raises AppError.
     """
 
     def __init__(
-        self, name: str, *, dsn: str | None = None, data: Path | str | None = None, settings: Settings | None = None
+        self,
+        name: str,
+        *,
+        dsn: str | None = None,
+        data: Path | str | None = None,
+        settings: Settings | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.name = checked_name("app", name)
         self.settings = settings or Settings()
+        self.payloads = Payloads(codec, bytes_max=self.settings.payload_bytes_max)
         self.machines: dict[str, Machine] = {}
         self.steps: dict[str, StepFunction[..., Any]] = {}
         self.upcasts = Upcasts()
@@ -58,7 +70,9 @@ class App:
         self.schedules = Schedules(self)
         self.secret: bytes | None = None
         self.runs_alone = False
-        self.client = Client(dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state)
+        self.client = Client(
+            dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state, payloads=self.payloads
+        )
 
     def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:
         """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type.
@@ -126,9 +140,11 @@ class App:
                 timeout=timeout,
                 limit=limit,
             )
-            if made.name in self.steps:
+            if made.name in self.steps and not is_interactive():
                 raise AppError(f"app '{self.name}' has a step '{made.name}' already; give one of them another name")
             self.steps[made.name] = made
+            for machine in self.machines.values():
+                machine.forget_step(made.name)
             return made
 
         return StepDecorator(register) if function is None else register(function)
@@ -184,7 +200,7 @@ class App:
 
     def _add(self, machine: Machine) -> None:
         known = self.machines.get(machine.name)
-        self.machines[machine.name] = machine if known is None else machine.beside(known)
+        self.machines[machine.name] = machine if known is None else machine.beside(known, may_replace=is_interactive())
 
     def named(self, name: str) -> Machine:
         """The workflow called ``name``, in its newest version. Raises UnknownWorkflow."""
@@ -213,7 +229,7 @@ class App:
         that nobody was there for still fire, the newest, or those of the last while ("1h"). ``due_as``: the field of ``value`` (a
         dict) that gets the due time, as the clocks of ``zone`` show it. Raises AppError, InputError, UnknownWorkflow.
         """
-        if name in self.declared:
+        if name in self.declared and not is_interactive():
             raise AppError(f"app '{self.name}' declares a schedule '{name}' already")
         self.declared[name] = planned(
             self, name, cron, workflow, value, zone=zone, overlap=overlap, catch_up=catch_up, due_as=due_as
@@ -252,16 +268,22 @@ class App:
         )
         return listed(self.client.connection(), which, limit=limit, after=after)
 
-    def encoded_state(self, workflow: str, step: str, value: Any) -> str:
-        """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""
+    get_async = asynchronous(get)
+    list_async = asynchronous(list)
+
+    def encoded_state(self, workflow: str, step: str, value: Any, where: Where) -> str:
+        """``value`` as the database gets it, if it fits the step; one that this app does not know takes any JSON.
+
+        Raises InputError, CodecError.
+        """
         machine = self.machines.get(workflow)
         known = machine.steps[step] if machine is not None and step in machine.steps else None
         decoder = known.decoder if known is not None else msgspec.json.Decoder(Any)
-        limit = self.settings.payload_bytes_max
-        encoded = encoded_input(value, decoder=decoder, what=f"the state of step '{step}'", bytes_max=limit)
+        what = f"the state of step '{step}'"
+        encoded = encoded_input(value, decoder=decoder, what=what)
         if machine is not None and known is not None:
             machine.demand_fitting(known, encoded)
-        return encoded.decode()
+        return self.payloads.fitting(encoded, where, what)
 
     def run(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
         """Run this app's workflows here, in this process and thread: for scripts, debuggers and notebooks.
@@ -273,6 +295,14 @@ class App:
         """
         limit = None if timeout is None else timedelta(seconds=timeout)
         return run_here(self, until_idle=until_idle, limit=limit)
+
+    async def run_async(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
+        """As ``run``, in a thread beside the event loop: ``asyncio.create_task(app.run_async())`` in a notebook or a web server.
+
+        Cancelled, it ends within a second or so, after the steps that run in this moment.
+        """
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        return await run_beside(self, until_idle=until_idle, limit=limit)
 
     def close(self) -> None:
         """Close this app's connections; the local Postgres stops with its last user."""

@@ -8,7 +8,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,41 +17,41 @@ import msgspec
 import psycopg
 
 from durable_cluster import coordination, schema, side_statements, statements
+from durable_cluster.answers import answer_of
+from durable_cluster.asynchronous import asynchronous, in_a_thread
+from durable_cluster.codec import Payloads, Where, state_of
 from durable_cluster.context import short_id
 from durable_cluster.database import CONNECTION_LOST, connect_client
 from durable_cluster.embedded import EmbeddedPostgres
 from durable_cluster.envelope import encode
-from durable_cluster.errors import (
-    ConnectionFailed,
-    InputError,
-    ResultTimeout,
-    UnknownWorkflow,
-    WorkflowCancelled,
-    WorkflowFailed,
-    WorkflowStuck,
-)
+from durable_cluster.errors import ConnectionFailed, InputError, ResultTimeout, UnknownWorkflow
 from durable_cluster.joins import ChildResult, Results
 from durable_cluster.notes import Attributes, encoded_attributes
+from durable_cluster.polling import pauses
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
+from durable_cluster.transactions import Transaction, joined
 
-POLL_S_MIN = 0.002
-POLL_S_FREQUENT = 0.02
-POLL_S_MAX = 0.25
-FREQUENT_POLLS_S = 1.0
-POLL_GROWTH = 1.5
 OUTAGE_S_MAX = 30.0
 KEPT: Any = object()
 """No edited state: None is one."""
 
 
 class Client:
-    """The connections of one App.
+    """The connections of one App, and its ``payloads``.
 
-    ``encode_state``: a state for a step, as JSON that fits it; see ``App.encoded_state``.
+    ``encode_state``: a state for a step, as the database gets it, if it fits; see ``App.encoded_state``.
     """
 
-    def __init__(self, *, dsn: str | None, data: Path | None, encode_state: Callable[[str, str, Any], str]) -> None:
+    def __init__(
+        self,
+        *,
+        dsn: str | None,
+        data: Path | None,
+        encode_state: Callable[[str, str, Any, Where], str],
+        payloads: Payloads,
+    ) -> None:
+        self.payloads = payloads
         self._dsn = dsn
         self._data = data
         self.encode_state = encode_state
@@ -94,6 +93,10 @@ class Client:
                 self._keep(known)
         return known
 
+    def joining(self, tx: Transaction | None) -> statements.Connection:
+        """The connection of a call that was given ``tx``: that one, or this thread's. Raises InputError for what is none."""
+        return self.connection() if tx is None else joined(tx)
+
     def _keep(self, connection: psycopg.Connection[Any]) -> None:
         """Remember a connection until ``close``; those of threads that have ended are closed now."""
         here = os.getpid()
@@ -113,24 +116,21 @@ class Client:
         key: str | None,
         begin: timedelta | datetime | None,
         attributes: str | None,
-        tx: psycopg.Connection[Any] | None,
+        tx: Transaction | None,
         priority: float = 1,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
-        where = tx if tx is not None else self.connection()
-        with nullcontext() if priority == 1 else where.transaction():
-            workflow_id, is_new = statements.start(
-                where,
-                workflow,
-                version=version,
-                step=step,
-                payload=payload,
-                key=key,
-                begin=begin,
-                attributes=attributes,
-            )
-            if is_new and priority != 1:
-                coordination.set_priority(where, [workflow_id], priority)
+        workflow_id, _ = statements.start(
+            self.joining(tx),
+            workflow,
+            version=version,
+            step=step,
+            payload=payload,
+            key=key,
+            begin=begin,
+            attributes=attributes,
+            priority=priority,
+        )
         return workflow_id
 
     def start_many(
@@ -143,24 +143,21 @@ class Client:
         keys: Sequence[str] | None,
         begin: timedelta | datetime | None,
         attributes: Sequence[str] | None,
-        tx: psycopg.Connection[Any] | None,
+        tx: Transaction | None,
         priority: float = 1,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
-        where = tx if tx is not None else self.connection()
-        with nullcontext() if priority == 1 else where.transaction():
-            rows = statements.start_many(
-                where,
-                workflow,
-                version=version,
-                step=step,
-                payloads=payloads,
-                keys=keys,
-                begin=begin,
-                attributes=attributes,
-            )
-            if priority != 1:
-                coordination.set_priority(where, [workflow_id for workflow_id, is_new in rows if is_new], priority)
+        rows = statements.start_many(
+            self.joining(tx),
+            workflow,
+            version=version,
+            step=step,
+            payloads=payloads,
+            keys=keys,
+            begin=begin,
+            attributes=attributes,
+            priority=priority,
+        )
         return [workflow_id for workflow_id, _ in rows]
 
     def by_key(self, workflow: str, key: str) -> Handle:
@@ -180,7 +177,8 @@ class Client:
 
     def children(self, parent_id: str, first: int, limit: int) -> list[ChildResult]:
         """So many of the children that a workflow spawned last, from number ``first`` on."""
-        return coordination.children_of(self.connection(), [parent_id], first=first, limit=limit)[parent_id]
+        found = coordination.children_of(self.connection(), [parent_id], first=first, limit=limit)[parent_id]
+        return [self.payloads.child(child) for child in found]
 
     def close(self) -> None:
         """Close every connection of this process, then let go of the local Postgres."""
@@ -207,24 +205,27 @@ class Handle:
         return f"<Handle {self.workflow} {short_id(self.id)}…>"
 
     def state(self) -> State:
-        """Status, times and output. Raises UnknownWorkflow, also while the starting transaction has not committed."""
-        state = statements.state_of(self._client.connection(), self.id)
-        if state is None:
-            raise UnknownWorkflow(f"no workflow with the id {short_id(self.id)}…")
-        return state
+        """Status, times and output. Raises UnknownWorkflow, also while the starting transaction has not committed; CodecError."""
+        state = self._state()
+        if state.output is None:
+            return state
+        held = msgspec.json.decode(state.output)
+        value = self._ended(state.status, held)
+        return state if value is held else msgspec.structs.replace(state, output=encode(value).decode())
 
     def status(self) -> str:
         """'running', 'stuck' (it has a dead letter), 'completed', 'failed' or 'cancelled'."""
-        return self.state().status
+        return self._state().status
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end, at most ``timeout`` seconds, and return the output (plain JSON values).
 
-        Raises WorkflowFailed, WorkflowCancelled, ResultTimeout, and WorkflowStuck while a dead letter stands for it. Reads only:
-        every 2 to 20 ms for the first second, then up to every 250 ms. A server that is away for less than 30 s is waited for.
+        Raises WorkflowFailed, WorkflowCancelled, ResultTimeout, WorkflowStuck while a dead letter stands for it, and CodecError for
+        an output that cannot be read here. Reads only: every 2 to 20 ms for the first second, then up to every 250 ms. A server
+        that is away for less than 30 s is waited for.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in _pauses():
+        for pause in pauses():
             known = self._outcome()
             if known is not None:
                 return self._answer(*known)
@@ -234,8 +235,8 @@ class Handle:
     async def wait(self, timeout: float | None = None) -> Any:
         """As ``result``, without blocking the event loop."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in _pauses():
-            known = await asyncio.to_thread(self._outcome)
+        for pause in pauses():
+            known = await in_a_thread(self._outcome)
             if known is not None:
                 return self._answer(*known)
             await asyncio.sleep(self._pause(pause, deadline, timeout))
@@ -249,19 +250,19 @@ class Handle:
         key: str | None = None,
         token: str | None = None,
         actor: str | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> None:
         """Send a signal (``payload``: JSON) to the workflow, which waits for it now or later; with ``tx`` in that transaction.
 
         ``key``: of signals with one key the first counts. ``token``: what the wait demands, if it does. ``actor``: who sends it.
-        Raises UnknownWorkflow for a workflow that has ended, and for a wrong or used token; InputError.
+        Raises UnknownWorkflow for a workflow that has ended, and for a wrong or used token; InputError, CodecError.
         """
         checked_name("signal", name)
         try:
-            encoded = encode(payload)
+            encoded = self._client.payloads.coded(encode(payload), self._where("signal"))
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the payload of signal '{name}' is not JSON: {error}") from error
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         side_statements.signal(where, self.id, name, encoded.decode(), key=key, token=token, actor=actor)
 
     def cancel(
@@ -270,7 +271,7 @@ class Handle:
         *,
         actor: str | None = None,
         cascade: bool = True,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> bool:
         """Ask the workflow to end: its ``on_cancel`` step runs in place of its next one. Whether it lived.
 
@@ -279,7 +280,7 @@ class Handle:
         Reaches steps that are queued, sleeping, waiting, running beside the pages, and dead letters; a step that runs in its page
         ends first. With ``tx`` the cancel is sent in that transaction. Raises UnknownWorkflow, InputError.
         """
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
 
     def set_priority(self, priority: float) -> bool:
@@ -298,13 +299,13 @@ class Handle:
         return coordination.resume(self._client.connection(), "workflow", self.id, actor=actor) is not None
 
     def set_attributes(
-        self, attributes: Attributes, *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None
+        self, attributes: Attributes, *, actor: str | None = None, tx: Transaction | None = None
     ) -> None:
         """Change what the workflow is found by: the given names (texts, numbers, booleans), None takes one away.
 
         Seen once a cluster has come by; with ``tx`` sent in that transaction. Raises UnknownWorkflow, InputError.
         """
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         side_statements.set_attributes(where, self.id, encoded_attributes(attributes), actor=actor)
 
     def attributes(self) -> dict[str, Any]:
@@ -313,9 +314,11 @@ class Handle:
         return found
 
     def progress(self) -> Any:
-        """What it last published with ``ctx.set_progress`` (plain JSON values); None if it never did."""
+        """What it last published with ``ctx.set_progress`` (plain JSON values); None if it never did. Raises CodecError."""
         published = side_statements.progress_of(self._client.connection(), self.id)
-        return None if published is None else msgspec.json.decode(published)
+        return (
+            None if published is None else self._client.payloads.value(msgspec.Raw(published), self._where("progress"))
+        )
 
     def children(self) -> Results:
         """The children that it spawned last, and what became of them."""
@@ -336,11 +339,39 @@ class Handle:
         if known is None or known[0] != "stuck":
             raise UnknownWorkflow(f"workflow {short_id(self.id)}… ('{self.workflow}') has no dead letter to retry")
         letter = msgspec.json.decode(known[1])
-        payload = self._client.encode_state(self.workflow, letter["step"], state)
+        where = state_of(self.workflow, self.id, letter["seq"], letter["attempt"])
+        payload = self._client.encode_state(self.workflow, letter["step"], state, where)
         side_statements.retry_dead_letter(connection, self.id, state=payload, seq=letter["seq"])
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self.wait().__await__()
+
+    state_async = asynchronous(state)
+    status_async = asynchronous(status)
+    progress_async = asynchronous(progress)
+    attributes_async = asynchronous(attributes)
+    signal_async = asynchronous(signal)
+    cancel_async = asynchronous(cancel)
+    set_attributes_async = asynchronous(set_attributes)
+    set_priority_async = asynchronous(set_priority)
+    pause_async = asynchronous(pause)
+    resume_async = asynchronous(resume)
+    retry_async = asynchronous(retry)
+
+    def _where(self, kind: str) -> Where:
+        return Where(self.workflow, kind, self.id)
+
+    def _state(self) -> State:
+        state = statements.state_of(self._client.connection(), self.id)
+        if state is None:
+            raise UnknownWorkflow(f"no workflow with the id {short_id(self.id)}…")
+        return state
+
+    def _ended(self, status: str, held: Any) -> Any:
+        return self._client.payloads.ended(self.workflow, self.id, status, held)
+
+    def _answer(self, status: str, output: str) -> Any:
+        return answer_of(self.workflow, self.id, status, self._ended(status, msgspec.json.decode(output)))
 
     def _outcome(self) -> tuple[str, str] | None:
         """Status and output, or None; also while the server is away, for so long as a restart or a failover may take."""
@@ -364,35 +395,3 @@ class Handle:
                 f" see 'durable-cluster show {short_id(self.id)}'"
             )
         return min(pause, left)
-
-    def _answer(self, status: str, output: str) -> Any:
-        value = msgspec.json.decode(output)
-        if status == "completed":
-            return value
-        reason, step = value.get("reason", "unknown"), value.get("step", "?")
-        if status == "stuck":
-            raise WorkflowStuck(self._stuck(reason, step, value.get("attempt", 1)), reason=reason)
-        if status == "cancelled":
-            raise WorkflowCancelled(
-                f"workflow {short_id(self.id)}… ('{self.workflow}') was cancelled before step '{step}': {reason}",
-                reason=reason,
-            )
-        raise WorkflowFailed(
-            f"workflow {short_id(self.id)}… ('{self.workflow}') failed in step '{step}': {reason}", reason=reason
-        )
-
-    def _stuck(self, reason: str, step: str, attempts: int) -> str:
-        short = short_id(self.id)
-        return (
-            f"workflow {short}… ('{self.workflow}') is stuck in step '{step}' after {attempts}"
-            f" {'attempt' if attempts == 1 else 'attempts'}: {reason}; see 'durable-cluster dead-letters show {short}', retry it"
-            f" with 'durable-cluster dead-letters retry {short}'"
-        )
-
-
-def _pauses() -> Generator[float, None, None]:
-    pause, waited = POLL_S_MIN, 0.0
-    while True:
-        yield pause
-        waited += pause
-        pause = min(pause * POLL_GROWTH, POLL_S_MAX if waited > FREQUENT_POLLS_S else POLL_S_FREQUENT)

@@ -127,8 +127,9 @@ class Workflow(TypedMachine[In, R]):
         """The function is told that its step failed for good; None if it does not catch that: the step is a dead letter."""
         if task.step.name in OWN:
             return None
-        carried = task.step.decoder.decode(task.envelope.state)
         ctx = Context(self, task.envelope)
+        ctx.read()
+        carried = task.step.decoder.decode(ctx.envelope.state)
         execution = self.execution(ctx, carried)
         if carried.asked is None:
             return None
@@ -146,10 +147,11 @@ class Workflow(TypedMachine[In, R]):
         """The first step's state is the bare input; all others' carry it. What has ended of several at once is on record too."""
         if envelope.step == START:
             return msgspec.Raw(encode(Carried(envelope.state)))
-        if envelope.step == SEVERAL and isinstance(envelope.progress, list):
+        ended = Context(self, envelope).progress if envelope.step == SEVERAL else None
+        if isinstance(ended, list):
             with suppress(msgspec.DecodeError):  # somebody may have put the line into the log by hand
                 carried = carried_decoder.decode(envelope.state)
-                return msgspec.Raw(encode(memo.with_entries(carried, map(encode, envelope.progress))))
+                return msgspec.Raw(encode(memo.with_entries(carried, map(encode, ended))))
         return envelope.state
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
@@ -259,7 +261,7 @@ class Workflow(TypedMachine[In, R]):
         return Done(msgspec.Raw(encoded))
 
     def _input(self, value: Any) -> msgspec.Raw:
-        return msgspec.Raw(self.opening(value)[1].encode())
+        return msgspec.Raw(self.opening(value)[1])
 
     def _stuck(self, execution: Execution, error: BaseException) -> Stuck:
         """Its own lines failed: a dead letter that enters the function anew, when it is mended."""
@@ -294,6 +296,11 @@ class Workflow(TypedMachine[In, R]):
             self._known.clear()
         for execution in known:
             execution.close()
+
+    def forget_step(self, name: str) -> None:
+        """It is asked for anew, and so are functions that may have begun with another."""
+        self.steps.pop(name, None)
+        self.forget_all()
 
     def _keep(self, workflow_id: str, execution: Execution) -> None:
         """Keep the function for its next step. Where there is no room, who is there stays, but for who has not been used for long.

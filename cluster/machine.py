@@ -8,19 +8,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-import psycopg
 
 from durable_cluster import coordination
+from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Handle
+from durable_cluster.codec import Where
 from durable_cluster.decoding import decoder_of
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.handles import ANY, ChildHandle, spawned
+from durable_cluster.interactive import is_interactive
 from durable_cluster.joins import Child
 from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.settings import checked_name
+from durable_cluster.transactions import Transaction
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
 if TYPE_CHECKING:
@@ -78,6 +81,8 @@ class Machine:
         self.first: Step | None = None
         self.on_cancel: Step | None = None
         self._state = state
+        self._where_input = Where(self.name, "input")
+        self._input_told = str(self._where_input)
         self._names: dict[str | Callable[..., Any], str] = {}
 
     def step(
@@ -133,6 +138,8 @@ class Machine:
         return register
 
     def _demand_possible(self, step_name: str, *, start: bool, on_cancel: bool) -> None:
+        if is_interactive():
+            return
         if step_name in self.steps:
             raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
         if start and self.first is not None:
@@ -142,9 +149,12 @@ class Machine:
                 f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
             )
 
-    def beside(self, older: Machine) -> Machine:
-        """Both of them in one app, which have one name and two versions; the newest of all. Raises AppError."""
-        if self.version in older.versions:
+    def beside(self, older: Machine, *, may_replace: bool) -> Machine:
+        """Both of them in one app, which have one name and two versions, or this in place of the other; the newest of all.
+
+        Raises AppError.
+        """
+        if self.version in older.versions and not may_replace:
             raise AppError(
                 f"app '{self.app.name}' has a workflow '{self.name}' of version {self.version} already;"
                 " give one of them another name or version"
@@ -183,18 +193,19 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
         Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
         database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
         done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it joins that
-        connection's transaction: both commit or neither. Raises InputError before anything is written.
+        connection's transaction: both commit or neither; a psycopg connection, or one that SQLAlchemy (also as a session) or
+        Django holds. Raises InputError before anything is written.
         """
         begin = beginning(after=after, at=at)
         first = self._first()
-        payload = self._payload(first, value)
+        payload = self.coded(self._payload(first, value))
         key = None if key is None else checked_key(key)
         found_by = None if attributes is None else encoded_attributes(attributes)
         client = self.app.client
@@ -220,7 +231,7 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | Sequence[Attributes | None] | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> Sequence[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
@@ -231,7 +242,7 @@ class Machine:
         if not values:
             return []
         first = self._first()
-        payloads = [self._payload(first, value) for value in values]
+        payloads = [self.coded(self._payload(first, value)) for value in values]
         if keys is not None and len(keys) != len(values):
             raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
         keys = None if keys is None else [checked_key(key) for key in keys]
@@ -257,7 +268,8 @@ class Machine:
         """
         delay_s = 0.0 if after is None else seconds(after, what="after")
         found_by = "" if attributes is None else encoded_attributes(attributes)
-        return Child(self.name, self.version, *self.opening(value), delay_s, found_by)
+        step, payload = self.opening(value)
+        return Child(self.name, self.version, step, self.coded(payload), delay_s, found_by)
 
     def spawn(
         self, value: Any, *, after: Duration | None = None, attributes: Attributes | None = None
@@ -283,21 +295,32 @@ class Machine:
         except InputError as error:
             raise UnknownWorkflow(f"no workflow '{self.name}' with such a key: {error}") from error
 
+    start_async = asynchronous(start)
+    start_many_async = asynchronous(start_many)
+    get_async = asynchronous(get)
+
     def after_failure(self, task: Task, error: BaseException) -> Continuation | None:
         """What the workflow does about a step that failed for good; None: it is a dead letter."""
         return None
 
     def cleanup_state(self, envelope: Envelope) -> msgspec.Raw:
-        """The state of the cleanup that runs in place of this step."""
+        """The state of the cleanup that runs in place of this step, whose own is in plain."""
         return envelope.state
 
     def forget_all(self) -> None:
         """Let go of what this process keeps of its workflows."""
 
+    def forget_step(self, name: str) -> None:
+        """The app has a step of this name from now on, perhaps another."""
+
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether what a linear workflow's state holds fits too. Raises InputError."""
 
-    def opening(self, value: Any) -> tuple[str, str]:
+    def coded(self, payload: bytes) -> str:
+        """An input as the database gets it. Raises CodecError, and InputError for one that is too large."""
+        return self.app.payloads.fitting(payload, self._where_input, self._input_told)
+
+    def opening(self, value: Any) -> tuple[str, bytes]:
         """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
         first = self._first()
         return first.name, self._payload(first, value)
@@ -307,10 +330,8 @@ class Machine:
             raise AppError(f"machine '{self.name}' has no first step; declare one with @machine.step(start=True)")
         return self.first
 
-    def _payload(self, first: Step, value: Any) -> str:
-        what = f"the input of workflow '{self.name}'"
-        limit = self.app.settings.payload_bytes_max
-        return encoded_input(value, decoder=first.decoder, what=what, bytes_max=limit).decode()
+    def _payload(self, first: Step, value: Any) -> bytes:
+        return encoded_input(value, decoder=first.decoder, what=self._input_told)
 
 
 def checked_version(workflow: str, version: int) -> int:

@@ -17,6 +17,8 @@ from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.schedule_statements import Plan, Schedule
 from durable_cluster.settings import checked_name
+from durable_cluster.statements import Connection
+from durable_cluster.transactions import Transaction
 
 if TYPE_CHECKING:
     from durable_cluster.app import App
@@ -26,8 +28,6 @@ OVERLAPS = ("skip", "queue", "allow")
 CATCH_UP_MAX = 1_000
 BACKFILL_MAX = 1_000
 JUST_BEFORE = timedelta(microseconds=1)
-
-Connection = psycopg.Connection[Any]
 
 
 class Triggered(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ def planned(
         workflow=machine.name,
         version=machine.version,
         step=step,
-        payload=payload,
+        payload=payload.decode(),
         overlap=checked_overlap(overlap),
         due_as=due_as,
         catch_up_max=catch_up_max,
@@ -92,7 +92,7 @@ def checked_catch_up(catch_up: int | Duration) -> tuple[int, float | None]:
     return CATCH_UP_MAX, while_s
 
 
-def declare(app: App, connection: Connection) -> list[str]:
+def declare(app: App, connection: psycopg.Connection[Any]) -> list[str]:
     """Make the database's schedules what the app's code declares, in one transaction; the names of those it no longer declares.
 
     Those go on firing until somebody deletes them. Schedules made at run time begin their workflows as this code does.
@@ -101,7 +101,7 @@ def declare(app: App, connection: Connection) -> list[str]:
     with connection.transaction():
         now = sql.now(connection)
         for plan in sorted(app.declared.values(), key=lambda plan: plan.name):
-            sql.put(connection, plan, next_due=Cron(plan.cron, plan.zone).after(now), app=app.name)
+            sql.put(connection, _coded(app, plan), next_due=Cron(plan.cron, plan.zone).after(now), app=app.name)
         for machine in app.machines.values():
             if machine.first is not None:
                 sql.reroute(connection, machine.name, version=machine.version, step=machine.first.name)
@@ -125,14 +125,14 @@ class Schedules:
         overlap: str = "skip",
         catch_up: int | str | timedelta = 1,
         due_as: str | None = None,
-        tx: Connection | None = None,
+        tx: Transaction | None = None,
     ) -> None:
         """Make a schedule now; the arguments are those of ``App.schedule``. Raises InputError, also for a name that is taken."""
         plan = planned(
             self._app, name, cron, workflow, value, zone=zone, overlap=overlap, catch_up=catch_up, due_as=due_as
         )
         where = self._where(tx)
-        sql.put(where, plan, next_due=Cron(cron, zone).after(sql.now(where)), app=None)
+        sql.put(where, _coded(self._app, plan), next_due=Cron(cron, zone).after(sql.now(where)), app=None)
 
     def change(
         self,
@@ -143,7 +143,7 @@ class Schedules:
         zone: str | None = None,
         overlap: str | None = None,
         catch_up: int | str | timedelta | None = None,
-        tx: Connection | None = None,
+        tx: Transaction | None = None,
     ) -> None:
         """Change a schedule that was made at run time; what is left out stays. Another cron or zone counts from now on.
 
@@ -154,7 +154,8 @@ class Schedules:
         cron, zone = known.cron if cron is None else cron, known.zone if zone is None else zone
         payload = None
         if value is not KEPT:
-            payload = _opening(self._app.named(known.workflow), value, known.due_as)[1]
+            machine = self._app.named(known.workflow)
+            payload = machine.coded(_opening(machine, value, known.due_as)[1])
         sql.change(
             where,
             name,
@@ -167,15 +168,15 @@ class Schedules:
             catch_up=None if catch_up is None else checked_catch_up(catch_up),
         )
 
-    def delete(self, name: str, *, tx: Connection | None = None) -> None:
+    def delete(self, name: str, *, tx: Transaction | None = None) -> None:
         """What it has started goes on. One that is declared in code comes back with the next start. Raises UnknownWorkflow."""
         sql.delete(self._where(tx), name)
 
-    def pause(self, name: str, reason: str | None = None, *, tx: Connection | None = None) -> bool:
+    def pause(self, name: str, reason: str | None = None, *, tx: Transaction | None = None) -> bool:
         """From now on nothing of it starts; whether it was not paused already. Raises UnknownWorkflow, InputError."""
         return sql.pause(self._where(tx), name, reason=reason)
 
-    def resume(self, name: str, *, tx: Connection | None = None) -> bool:
+    def resume(self, name: str, *, tx: Transaction | None = None) -> bool:
         """Go on with the next due time; what was due meanwhile is for ``backfill``. Whether it was paused.
 
         Raises UnknownWorkflow.
@@ -190,7 +191,7 @@ class Schedules:
         """What is known of one. Raises UnknownWorkflow."""
         return self._known(self._where(None), name)
 
-    def trigger(self, name: str, *, overlap: str | None = None, tx: Connection | None = None) -> Triggered:
+    def trigger(self, name: str, *, overlap: str | None = None, tx: Transaction | None = None) -> Triggered:
         """Run it now, also while it is paused, with now as its due time. Raises UnknownWorkflow, InputError.
 
         ``overlap``: what happens while another of its runs lives, in place of its own policy.
@@ -201,7 +202,7 @@ class Schedules:
         handle = None if workflow_id is None else Handle(self._app.client, known.workflow, workflow_id)
         return Triggered(outcome, handle)
 
-    def backfill(self, name: str, begin: datetime, end: datetime, *, tx: Connection | None = None) -> int:
+    def backfill(self, name: str, begin: datetime, end: datetime, *, tx: Transaction | None = None) -> int:
         """Start what was due from ``begin`` to ``end`` and has not been started; how many. All at once, whatever ``overlap`` says.
 
         Raises UnknownWorkflow; InputError for a period that is not over, and for more than 1,000 due times.
@@ -210,14 +211,19 @@ class Schedules:
         known = self._known(where, name)
         return sql.backfill(where, name, edition=known.edition, dues=_dues(known, begin, end, sql.now(where)))
 
-    def _where(self, tx: Connection | None) -> Connection:
-        return tx if tx is not None else self._app.client.connection()
+    def _where(self, tx: Transaction | None) -> Connection:
+        return self._app.client.joining(tx)
 
     def _known(self, connection: Connection, name: str) -> Schedule:
         found = sql.schedules(connection, checked_name("schedule", name))
         if not found:
             raise UnknownWorkflow(f"no schedule '{name}'; see 'durable-cluster schedules list'")
         return found[0]
+
+
+def _coded(app: App, plan: Plan) -> Plan:
+    """With the input as the database gets it."""
+    return msgspec.structs.replace(plan, payload=app.named(plan.workflow).coded(plan.payload.encode()))
 
 
 def _dues(known: Schedule, begin: datetime, end: datetime, now: datetime) -> list[datetime]:
@@ -250,7 +256,7 @@ def _machine(app: App, workflow: Machine | str) -> Machine:
     return workflow
 
 
-def _opening(machine: Machine, value: Any, due_as: str | None) -> tuple[str, str]:
+def _opening(machine: Machine, value: Any, due_as: str | None) -> tuple[str, bytes]:
     """The first step, and the input as JSON: with a due time in it, it has to fit that step."""
     if due_as is None:
         return machine.opening(value)
@@ -258,4 +264,4 @@ def _opening(machine: Machine, value: Any, due_as: str | None) -> tuple[str, str
     if not isinstance(given, dict) or not isinstance(due_as, str) or due_as in given:
         raise InputError(f"due_as={due_as!r}: the value has to be a dict without that field, which gets the due time")
     step, _ = machine.opening({**given, due_as: datetime.now(UTC).replace(microsecond=0)})
-    return step, encode(given).decode()
+    return step, encode(given)

@@ -71,6 +71,7 @@ def parser() -> Parser:
 
     show = command("show", "show one workflow")
     show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    _add_reader(show)
 
     _add_dead_letters(commands)
     _add_limits(commands)
@@ -105,6 +106,17 @@ def _add_start(start: Parser) -> None:
     start.add_argument("--consumers-per-shard", type=_between(1, CONSUMERS_MAX), default=1, metavar="N")
     start.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as drain_grace_s=10"
+    )
+    start.add_argument(
+        "--reload", action="store_true", help="drain and start again when Python files change (extra 'reload')"
+    )
+    start.add_argument(
+        "--reload-dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="below which (where the app is); may be repeated",
     )
 
 
@@ -149,6 +161,7 @@ def _add_signal(signal: Parser) -> None:
     signal.add_argument("--key", help="of signals with the same key the first counts")
     signal.add_argument("--token", help="the token of the wait, if it demands one")
     signal.add_argument("--actor", metavar="WHO", help="who sends it")
+    signal.add_argument("--app", metavar="MODULE:APP", help="code the payload with the codec of this App")
 
 
 def _add_demo(demo: Parser) -> None:
@@ -258,6 +271,7 @@ def _add_dead_letters(commands: Commands) -> None:
 
     show = _add_command(actions, "show", "show one, with its state")
     show.add_argument("id", metavar="ID", help="the workflow's id, or the first digits of it")
+    _add_reader(show)
 
     retry = _add_command(actions, "retry", "take stuck workflows up again where they stopped")
     _add_which_letters(retry)
@@ -266,7 +280,11 @@ def _add_dead_letters(commands: Commands) -> None:
         metavar="JSON|@FILE",
         help="an edited state in place of the one it stopped with (@- is standard input)",
     )
-    retry.add_argument("--app", metavar="MODULE:APP", help="check the edited state against the step of this App")
+    retry.add_argument(
+        "--app",
+        metavar="MODULE:APP",
+        help="check the edited state against the step of this App, and code it with its codec",
+    )
 
     purge = _add_command(actions, "purge", "end stuck workflows for good, as failed")
     _add_which_letters(purge)
@@ -284,7 +302,7 @@ def _add_schedules(commands: Commands) -> None:
         return made
 
     action("list", "list schedules")
-    action("show", "show one, with its next due times")
+    _add_reader(action("show", "show one, with its next due times"))
     create = action("create", "make one")
     create.add_argument("cron", metavar="CRON", help="five fields, as in '0 3 * * *', or @daily")
     create.add_argument("workflow", metavar="WORKFLOW")
@@ -334,6 +352,10 @@ def _add_shards(to: Parser) -> None:
 
 def _add_app(to: Parser) -> None:
     to.add_argument("--app", metavar="MODULE:APP", help="where your App is (default: the bundled examples)")
+
+
+def _add_reader(to: Parser) -> None:
+    to.add_argument("--app", metavar="MODULE:APP", help="read what is coded with the codec of this App")
 
 
 def _add_no_roles(to: Parser) -> None:

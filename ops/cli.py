@@ -26,6 +26,7 @@ from durable_cluster.ops import (
     pause,
     priority,
     psql,
+    reload,
     run,
     running,
     schedules,
@@ -74,6 +75,7 @@ def _dispatch(words: Sequence[str]) -> int:
         return psql.psql(Target(options.dsn, options.data), rest[rest[:1] == ["--"] :])
     if rest:
         raise BadUsage(f"unrecognized arguments: {' '.join(rest)}; see '{PROGRAM} {options.command} --help'")
+    options.words = words
     code = COMMANDS[options.command](Terminal(is_json=options.json), Target(options.dsn, options.data), options)
     sys.stdout.flush()
     return code
@@ -101,10 +103,19 @@ def _signal(terminal: Terminal, target: Target, options: argparse.Namespace) -> 
         key=options.key,
         token=options.token,
         actor=options.actor,
+        app_address=options.app,
     )
 
 
 def _start(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    if options.reload or options.reload_dir:
+        return reload.start(
+            terminal,
+            target,
+            words=options.words,
+            app_address=options.app or start.EXAMPLES,
+            directories=options.reload_dir,
+        )
     return start.start(
         terminal,
         target,
@@ -261,7 +272,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
-    "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),
+    "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id, app_address=options.app),
     "dead-letters": _dead_letters,
     "limits": limits.limits,
     "schedules": _schedules,
@@ -281,14 +292,18 @@ AUDIT: Mapping[str, Command] = {
 
 DEAD_LETTERS: Mapping[str, Command] = {
     "list": _dead_letters_list,
-    "show": lambda terminal, target, options: dead_letters.show(terminal, target, prefix=options.id),
+    "show": lambda terminal, target, options: dead_letters.show(
+        terminal, target, prefix=options.id, app_address=options.app
+    ),
     "retry": _dead_letters_retry,
     "purge": _dead_letters_purge,
 }
 
 SCHEDULES: Mapping[str, Command] = {
     "list": lambda terminal, target, options: schedules.list_(terminal, target),
-    "show": lambda terminal, target, options: schedules.show(terminal, target, name=options.name),
+    "show": lambda terminal, target, options: schedules.show(
+        terminal, target, name=options.name, app_address=options.app
+    ),
     "create": _schedules_create,
     "pause": lambda terminal, target, options: schedules.pause(
         terminal, target, name=options.name, reason=options.reason
