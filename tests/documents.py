@@ -28,7 +28,7 @@ import msgspec
 import psycopg
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FILE = re.compile(r"# (\w+\.py)\b")
+FILE = re.compile(r"# (\w+\.py)\n")
 KEPT = re.compile(r"\s*\\gset\s*$")
 ANY = "…"
 LANGUAGES = {"python", "sh", "sql", "text", "", "py", "console"}

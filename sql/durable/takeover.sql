@@ -25,7 +25,7 @@ $$;
 -- durable.has_orphans(): whether a process that has no session (any more) holds a window or runs detached steps: once it has been silent
 -- for long enough, others go on with them. Reads only; a consumer's session bears its owner's bits in its name.
 create or replace function durable.has_orphans() returns boolean
-language sql volatile
+language sql volatile security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select exists (
