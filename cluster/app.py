@@ -288,7 +288,9 @@ class App:
     def run(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
         """Run this app's workflows here, in this process and thread: for scripts, debuggers and notebooks.
 
-        ``until_idle``: return when no step is ready; else run until ``timeout`` seconds have passed, or for ever. Steps run.
+        ``until_idle``: return when no step is ready, due within a minute, or held by a process that died, which others take up
+        ``dead_interval_s`` after it was last heard of; else run until ``timeout`` seconds have passed, or for ever. Gives how
+        many steps ran.
         A database without the schema gets it first when it is the local one; any other raises NotInstalled.
         """
         limit = None if timeout is None else timedelta(seconds=timeout)

@@ -281,7 +281,7 @@ class Execution:
 
     def patched(self, name: str) -> bool:
         """Whether this run takes the change called ``name``: it was not past it before the change was made."""
-        if name not in self._patches and not self._unread:
+        if name not in self._patches and not self.is_replaying:
             self._patches.add(name)
         return name in self._patches
 

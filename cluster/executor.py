@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from asyncio import timeout
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,7 @@ def run(task: Task, context: Context) -> Result:
 async def run_async(task: Task, context: Context) -> Result:
     """Run an ``async def`` step, for as long as its timeout allows."""
     try:
-        async with asyncio.timeout(task.step.timeout_s) as limit:
+        async with timeout(task.step.timeout_s) as limit:
             returned = await task.step.handler(*_arguments(task, context))
         result = conclude(task, returned)
         return result if context.notes is None else Noted(task.envelope, result, context.notes)
@@ -356,8 +357,8 @@ def _unknown(envelope: Envelope, machines: Mapping[str, Machine]) -> str:
         return f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}"
     if envelope.version > newest.version:
         return f"workflow '{envelope.workflow}' has come to version {envelope.version}; this code is of version {newest.version}"
-    steps = newest.of_version(envelope.version).steps
-    return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {', '.join(steps) or 'none'}"
+    steps = ", ".join(newest.of_version(envelope.version).steps) or "none"
+    return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {steps}"
 
 
 def _waited_s(times: int) -> float:

@@ -74,6 +74,7 @@ def test_a_worker_runs_steps_without_owning_a_table(app: App, dsn: str, conn: ps
     try:
         assert consumer.work(lambda: False, lambda: None)
         assert handle.result(timeout=5) == "hi"
+        assert not consumer.expects_work(0)
         with pytest.raises(InsufficientPrivilege):
             consumer.connection.execute("select * from durable.started")
     finally:
