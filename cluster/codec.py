@@ -72,7 +72,7 @@ class Payloads:
     def __init__(self, codec: Codec | None, *, bytes_max: int) -> None:
         for name in ("encode", "decode"):
             if codec is not None and not callable(getattr(codec, name, None)):
-                raise AppError(f"codec={codec!r} has no {name}(bytes, where) that returns bytes")
+                raise AppError(f"codec: a {type(codec).__name__} has no {name}(bytes, where) that returns bytes")
         self.codec = codec
         self.bytes_max = bytes_max
 

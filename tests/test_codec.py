@@ -935,9 +935,9 @@ def test_a_codec_that_returns_no_bytes_is_told_so(dsn: str, made: Any) -> None:
         def encode(self, payload: bytes, where: Where) -> Any:
             return made
 
-    with another(dsn, Wrong()) as app:
-        with pytest.raises(CodecError, match=f"codec Wrong: it returned {type(made).__name__}, and not bytes"):
-            waiting_in(app).start("hidden")
+    told = f"codec Wrong: it returned {type(made).__name__}, and not bytes"
+    with another(dsn, Wrong()) as app, pytest.raises(CodecError, match=told):
+        waiting_in(app).start("hidden")
 
 
 def test_an_edited_state_is_coded_as_the_one_it_replaces(app: App, conn: Connection) -> None:
