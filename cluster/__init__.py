@@ -40,6 +40,7 @@ from durable_cluster.errors import (
     EmbeddedError,
     HandlerError,
     InputError,
+    InvalidState,
     NonDeterminismError,
     NotInstalled,
     ResultTimeout,
@@ -58,6 +59,7 @@ from durable_cluster.joins import Child, ChildResult, Results
 from durable_cluster.limits import Limit
 from durable_cluster.linear import Workflow
 from durable_cluster.machine import Machine
+from durable_cluster.replays import Recorded
 from durable_cluster.retry import Retry
 from durable_cluster.schedule_statements import Schedule
 from durable_cluster.search import Listed
@@ -83,11 +85,13 @@ __all__ = [
     "Handle",
     "HandlerError",
     "InputError",
+    "InvalidState",
     "Limit",
     "Listed",
     "Machine",
     "NonDeterminismError",
     "NotInstalled",
+    "Recorded",
     "ResultTimeout",
     "Results",
     "Retry",

@@ -33,6 +33,7 @@ from durable_cluster.errors import (
 )
 from durable_cluster.joins import ChildResult, Results
 from durable_cluster.notes import Attributes, encoded_attributes
+from durable_cluster.replays import KEPT, Replayable
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
 
@@ -42,20 +43,20 @@ POLL_S_MAX = 0.25
 FREQUENT_POLLS_S = 1.0
 POLL_GROWTH = 1.5
 OUTAGE_S_MAX = 30.0
-KEPT: Any = object()
-"""No edited state: None is one."""
+Encode = Callable[[str, Any, Any], str]
 
 
 class Client:
     """The connections of one App.
 
-    ``encode_state``: a state for a step, as JSON that fits it; see ``App.encoded_state``.
+    ``encode_state``, ``encode_fork``: a state for a step, and an input for a fork, as JSON that fits; see ``App``.
     """
 
-    def __init__(self, *, dsn: str | None, data: Path | None, encode_state: Callable[[str, str, Any], str]) -> None:
+    def __init__(self, *, dsn: str | None, data: Path | None, encode_state: Encode, encode_fork: Encode) -> None:
         self._dsn = dsn
         self._data = data
         self.encode_state = encode_state
+        self.encode_fork = encode_fork
         self._embedded: EmbeddedPostgres | None = None
         self._local = threading.local()
         self._lock = threading.Lock()
@@ -194,7 +195,7 @@ class Client:
             embedded.stop()
 
 
-class Handle:
+class Handle(Replayable):
     """A started workflow. ``id`` is a capability: whoever holds it can read the result."""
 
     def __init__(self, client: Client, workflow: str, workflow_id: str) -> None:

@@ -5,6 +5,7 @@ DurableError
 │   └── AppError              the app module, a machine, a step or a handler's signature
 ├── InputError                a value that does not fit its type or its limit (``path`` says where)
 ├── UnknownWorkflow           no workflow with that id or key, or none that this code knows
+├── InvalidState              the workflow is in no state in which that can be done; the message says what to do first
 ├── DatabaseError             the database cannot be used as it is
 │   ├── NotInstalled          the schema is not there
 │   ├── SchemaMismatch        another schema version, or another number of shards
@@ -48,6 +49,10 @@ class InputError(DurableError):
 
 class UnknownWorkflow(DurableError):
     """No workflow with that id or key. Unknown, expired and not-yours read the same."""
+
+
+class InvalidState(DurableError):
+    """The workflow is in no state in which that can be done; the message says what to do first."""
 
 
 class DatabaseError(DurableError):
@@ -143,6 +148,7 @@ BY_SQLSTATE: dict[str, type[DurableError]] = {
     "DC003": UnknownWorkflow,
     "DC004": ConfigurationError,
     "DC005": SchemaMismatch,
+    "DC006": InvalidState,
     "3F000": NotInstalled,  # invalid_schema_name
     "42P01": NotInstalled,  # undefined_table
     "42883": NotInstalled,  # undefined_function

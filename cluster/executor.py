@@ -134,7 +134,8 @@ def queued(task: Task) -> Result | None:
     else:
         return None
     try:
-        key = limit.key_of(_state_of(task))
+        state = _state_of(task)
+        key = limit.key_of(task.machine.counted(state) if bit == OF_WORKFLOW else state)
     except Exception as error:
         wrong = HandlerError(f"step '{task.step.name}': the key of its limit '{limit.name}' failed: {_reason(error)}")
         return failed(task, wrong, context_of(task))
@@ -187,13 +188,13 @@ def conclude(task: Task, returned: Continuation) -> Result:
     if type(returned) is Goto:
         return _successor(task, returned)
     if type(returned) is Done:
-        return _completed(envelope, _encoded(task, returned.output))
+        return _completed(envelope, _encoded(task, returned.output), returned.memo)
     if type(returned) is Sleep:
         return Later(_successor(task, returned.goto), returned.seconds)
     if isinstance(returned, WAITS):
         return _waiting(task, returned)
     if type(returned) is Fail:
-        return failure(envelope, str(returned.reason))
+        return failure(envelope, str(returned.reason), memo=returned.memo)
     if isinstance(returned, TROUBLED):
         return _troubled(task, returned)
     raise HandlerError(
@@ -210,11 +211,11 @@ def _troubled(task: Task, returned: Stuck | Retrying) -> Later | DeadLetter:
     return Later(msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress), returned.pause_s)
 
 
-def _completed(envelope: Envelope, output: bytes) -> Outcome:
+def _completed(envelope: Envelope, output: bytes, memo: bytes) -> Outcome:
     if not envelope.cancelled:
-        return Outcome(envelope.workflow_id, "completed", output.decode())
+        return Outcome(envelope.workflow_id, "completed", output.decode(), memo.decode())
     said = _said_of(envelope, envelope.cancelled, None) | {"output": msgspec.Raw(output)}
-    return Outcome(envelope.workflow_id, "cancelled", encode(said).decode())
+    return Outcome(envelope.workflow_id, "cancelled", encode(said).decode(), memo.decode())
 
 
 def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | Joining:
@@ -252,7 +253,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
         if instead is not None:
             return instead
         if isinstance(error, TerminalError):
-            return failure(envelope, reason, trace=_trace(error))
+            return failure(envelope, reason, trace=_trace(error), memo=task.machine.memo_of(envelope, error))
         return dead_letter(envelope, "given_up" if is_given_up else "attempts", reason, trace=_trace(error))
     pause_s = policy.pause_s(spent, chance=random.random())
     again = msgspec.structs.replace(
@@ -283,9 +284,10 @@ def crashed(envelope: Envelope, times: int, what: str = "the process died") -> D
     return dead_letter(envelope, "crashes", reason)
 
 
-def failure(envelope: Envelope, reason: str, *, trace: str | None = None) -> Outcome:
+def failure(envelope: Envelope, reason: str, *, trace: str | None = None, memo: bytes = b"") -> Outcome:
     """The terminal record of a failed workflow."""
-    return Outcome(envelope.workflow_id, "failed", encode(_said_of(envelope, reason, trace)).decode())
+    said = encode(_said_of(envelope, reason, trace)).decode()
+    return Outcome(envelope.workflow_id, "failed", said, memo.decode())
 
 
 def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:

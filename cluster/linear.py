@@ -32,6 +32,7 @@ from durable_cluster.limits import Limit
 from durable_cluster.machine import Step
 from durable_cluster.memo import Asked, Carried, carried_decoder
 from durable_cluster.notes import noted_too
+from durable_cluster.replay_statements import Declared
 from durable_cluster.retry import Retry
 from durable_cluster.typed import In, R, TypedMachine
 from durable_cluster.types import Signature, input_of
@@ -49,17 +50,25 @@ class Workflow(TypedMachine[In, R]):
     """Made by ``@app.workflow``: started, looked up, scheduled and spawned as any machine is."""
 
     def __init__(
-        self, app: App, function: Callable[..., Any], *, name: str | None, version: int, limit: Limit | None
+        self,
+        app: App,
+        function: Callable[..., Any],
+        *,
+        name: str | None,
+        version: int,
+        limit: Limit | None,
+        keeps_memo: bool = False,
     ) -> None:
         super().__init__(app, name or function.__name__, state=Any, version=version, limit=limit)
         self.function = function
+        self.keeps_memo = keeps_memo
         self.is_sync = not inspect.iscoroutinefunction(function)
         self.takes_input, input_type, returns = input_of(function)
         self.returned = decoder_of(returns, f"workflow '{self.name}': the type it returns")
         inputs = decoder_of(input_type, f"workflow '{self.name}': the type of its input")
         self.steps = _Steps(self)
         self.first = self._own(START, self._start, decoder=inputs, is_limited=limit is not None)
-        self._own(RESUME, self._resume)
+        self._own(RESUME, self._resume, is_limited=limit is not None)
         self._own(SEVERAL, self._run_several, is_async=True, timeout_s=SEVERAL_TIMEOUT_S)
         self.on_cancel = self._own(CANCELLED, self._clean_up)
         self._known: dict[str, Execution] = {}
@@ -78,6 +87,18 @@ class Workflow(TypedMachine[In, R]):
         raise AppError(
             f"workflow '{self.name}' has no step '{name}'; its app's are {', '.join(self.app.steps) or 'none yet'}"
         )
+
+    def fork_step(self, at: str | None) -> str:
+        """Wherever it is forked, its input is that of the function."""
+        return START
+
+    def counted(self, state: Any) -> Any:
+        """A fork begins with all that it carries; its limit counts it by the input."""
+        return self._first().decoder.decode(state.input) if isinstance(state, Carried) else state
+
+    def declared(self) -> Declared:
+        """Where it begins says that it is a function; its steps are its app's."""
+        return Declared(self.name, self.version, START, (), self.limit is not None)
 
     def asked(self, execution: Execution, command: Command) -> Any:
         """What a line of the function gets for asking: a coroutine, or in a plain ``def`` what it came to."""
@@ -150,6 +171,10 @@ class Workflow(TypedMachine[In, R]):
                 carried = carried_decoder.decode(envelope.state)
                 return msgspec.Raw(encode(memo.with_entries(carried, map(encode, envelope.progress))))
         return envelope.state
+
+    def memo_of(self, envelope: Envelope, error: BaseException) -> bytes:
+        """With the failure that ends it."""
+        return memo.failed_at(self.cleanup_state(envelope), failure_of(error))
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether an edited state carries an input that fits the function, and arguments that fit the step. Raises InputError."""
@@ -227,24 +252,27 @@ class Workflow(TypedMachine[In, R]):
     def _ended(self, ctx: Context, execution: Execution) -> Continuation:
         main = execution.main
         if main.cancelled():
-            return (
-                Done(None)
-                if ctx.cancelled
-                else self._stuck(
-                    execution,
-                    HandlerError(f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError"),
-                )
-            )
+            if ctx.cancelled:
+                return Done(None, self._memo(execution))
+            itself = HandlerError(f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError")
+            return self._stuck(execution, itself)
         error = main.exception()
         if error is None:
-            return self._returned(execution, main.result())
+            is_kept = self.keeps_memo or bool(ctx.cancelled)
+            return self._returned(execution, main.result(), memo=self._memo(execution) if is_kept else b"")
         if isinstance(error, ContinueAsNew):
             return Goto(RESUME, msgspec.Raw(encode(execution.as_new(self._input(error.value)))))
         if isinstance(error, TerminalError) or execution.is_failure_uncaught:
-            return Fail(error.reason if isinstance(error, TerminalError) else f"{type(error).__name__}: {error}")
+            reason = error.reason if isinstance(error, TerminalError) else f"{type(error).__name__}: {error}"
+            return Fail(reason, self._memo(execution))
         return self._stuck(execution, error)
 
-    def _returned(self, execution: Execution, value: Any) -> Continuation:
+    def _memo(self, execution: Execution) -> bytes:
+        """What it has behind it, for whoever forks it; nothing if that is more than a step event could carry."""
+        memo = execution.encoded("")
+        return memo if len(memo) <= self.app.settings.payload_bytes_max else b""
+
+    def _returned(self, execution: Execution, value: Any, *, memo: bytes) -> Continuation:
         try:
             encoded = encode(value)
             self.returned.decode(encoded)
@@ -253,7 +281,7 @@ class Workflow(TypedMachine[In, R]):
                 f"workflow '{self.name}' returned what is not {_told(self.returned.type)} as JSON: {error}"
             )
             return self._stuck(execution, wrong)
-        return Done(msgspec.Raw(encoded))
+        return Done(msgspec.Raw(encoded), memo)
 
     def _input(self, value: Any) -> msgspec.Raw:
         return msgspec.Raw(self.opening(value)[1].encode())

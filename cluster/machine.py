@@ -19,6 +19,7 @@ from durable_cluster.handles import ANY, ChildHandle, spawned
 from durable_cluster.joins import Child
 from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
+from durable_cluster.replay_statements import Declared
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.settings import checked_name
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
@@ -266,11 +267,27 @@ class Machine:
         """The state of the cleanup that runs in place of this step."""
         return envelope.state
 
+    def memo_of(self, envelope: Envelope, error: BaseException) -> bytes:
+        """What is kept of a workflow that ends because this step raised ``error``."""
+        return b""
+
     def forget_all(self) -> None:
         """Let go of what this process keeps of its workflows."""
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether what a linear workflow's state holds fits too. Raises InputError."""
+
+    def fork_step(self, at: str | None) -> str:
+        """The step whose state is the input of a fork at ``at``. Raises AppError."""
+        return self._first().name if at is None else self.step_name(at)
+
+    def counted(self, state: Any) -> Any:
+        """What its limit counts a workflow by, given the state of its first step event."""
+        return state
+
+    def declared(self) -> Declared:
+        """What the database is told of it."""
+        return Declared(self.name, self.version, self._first().name, list(self.steps), self.limit is not None)
 
     def opening(self, value: Any) -> tuple[str, str]:
         """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""

@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from durable_cluster import schedules, schema, telemetry
+from durable_cluster import replay_statements, schedules, schema, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import connect
 from durable_cluster.firing import Firing
@@ -22,6 +22,7 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
     dsn = app.client.dsn
     with connect(dsn, name="durable-cluster run") as connection:
         shards = schema.demand_installed(connection)
+        replay_statements.declare_types(connection, app.declared_types())
         schedules.declare(app, connection)
     stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
 

@@ -16,11 +16,12 @@ Connection = psycopg.Connection[Any]
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """A terminal record: ``status`` is completed, failed or cancelled, ``output`` is JSON."""
+    """A terminal record: ``status`` is completed, failed or cancelled, ``output`` is JSON. ``memo``: see ``memo``; ``""``: none."""
 
     workflow_id: str
     status: str
     output: str
+    memo: str = ""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,19 +268,21 @@ def commit_page(
     with translated():
         plain_cursor(tx).execute(
             f"select {function}(%s::int, %s::bigint, %s::bigint, %s::durable.cursor, %s::durable.cursor, %s,"
-            " %s, %s::int[], %s, %s, %s)",
+            " %s, %s::int[], %s, %s, %s, %s)",
             (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), *_columns(outcomes)),
         )
 
 
-def _columns(outcomes: Sequence[Outcome]) -> tuple[str | None, str | None, str | None]:
-    """Terminal records as three texts, one a line each; nothing for none."""
+def _columns(outcomes: Sequence[Outcome]) -> tuple[str | None, str | None, str | None, str | None]:
+    """Terminal records as four texts, one a line each; nothing for none."""
     if not outcomes:
-        return None, None, None
+        return None, None, None, None
+    memos = [o.memo for o in outcomes]
     return (
         "\n".join([o.workflow_id for o in outcomes]),
         "\n".join([o.status for o in outcomes]),
         "\n".join([o.output for o in outcomes]),
+        "\n".join(memos) if any(memos) else None,
     )
 
 
@@ -361,7 +364,7 @@ def hand_on(tx: Connection, *, shard: int, steps: str, counts: Sequence[int], ou
     """Successors and terminal records of detached steps; ``steps``, ``counts``: see ``envelope.encode_chunks``."""
     with translated():
         plain_cursor(tx).execute(
-            "select durable.hand_on(%s::int, %s, %s::int[], %s, %s, %s)",
+            "select durable.hand_on(%s::int, %s, %s::int[], %s, %s, %s, %s)",
             (shard, steps, list(counts), *_columns(outcomes)),
         )
 

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeAlias
 from durable_cluster.ops.letters import REASONS
 from durable_cluster.ops.terminal import PROGRAM, BadUsage
 from durable_cluster.ops.values import attribute, moment
+from durable_cluster.replays import HISTORY_MAX
 from durable_cluster.search import LIMIT_MAX, STATUSES
 from durable_cluster.settings import SHARDS_MAX
 
@@ -71,6 +72,15 @@ def parser() -> Parser:
 
     show = command("show", "show one workflow")
     show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+
+    history = command("history", "show the awaits that a linear workflow has recorded")
+    history.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    history.add_argument("--limit", type=_between(1, LIMIT_MAX), default=HISTORY_MAX, metavar="N")
+
+    _add_again(
+        command("replay", "start workflows over, with the same input: a stuck one itself, of an ended one a new one")
+    )
+    _add_fork(command("fork", "start a new workflow from a point of another, with what was recorded before it"))
 
     _add_dead_letters(commands)
     _add_limits(commands)
@@ -163,14 +173,35 @@ def _add_demo(demo: Parser) -> None:
     _add_log_level(demo, default="error")
 
 
+def _add_which(to: Parser) -> None:
+    to.add_argument("--workflow", metavar="NAME")
+    to.add_argument("--status", choices=STATUSES)
+    _add_attributes(to, "those that have it; may be repeated")
+    to.add_argument("--from", dest="started_from", type=moment, metavar="TIME", help="started then or later")
+    to.add_argument("--to", dest="started_to", type=moment, metavar="TIME", help="started earlier")
+    to.add_argument("--parent", metavar="ID", help="the children of that workflow: an id, or its first digits")
+    to.add_argument("--key", help="started with it")
+    to.add_argument("--origin", metavar="ID", help="replayed or forked from that workflow: an id, or its first digits")
+
+
+def _add_again(to: Parser) -> None:
+    to.add_argument("id", metavar="ID", nargs="?", help="one workflow: an id, or the first digits of one")
+    to.add_argument("--all", action="store_true", help="all that match, after a look at them")
+    _add_which(to)
+    to.add_argument("--yes", action="store_true", help="do not ask")
+    to.add_argument("--actor", type=_actor, metavar="WHO", help="who does it, for the audit")
+
+
+def _add_fork(fork: Parser) -> None:
+    _add_again(fork)
+    at = "a path of 'history', or its position; of a machine a step (default: from the beginning)"
+    fork.add_argument("--at", metavar="PATH", help=at)
+    fork.add_argument("--input", metavar="JSON|@FILE", help="in place of its own (@- is standard input)")
+    fork.add_argument("--app", metavar="MODULE:APP", help="check the input against the code of this App")
+
+
 def _add_list(list_: Parser) -> None:
-    list_.add_argument("--workflow", metavar="NAME")
-    list_.add_argument("--status", choices=STATUSES)
-    _add_attributes(list_, "those that have it; may be repeated")
-    list_.add_argument("--from", dest="started_from", type=moment, metavar="TIME", help="started then or later")
-    list_.add_argument("--to", dest="started_to", type=moment, metavar="TIME", help="started earlier")
-    list_.add_argument("--parent", metavar="ID", help="the children of that workflow: an id, or its first digits")
-    list_.add_argument("--key", help="started with it")
+    _add_which(list_)
     list_.add_argument("--limit", type=_between(1, LIMIT_MAX), default=50, metavar="N")
     list_.add_argument("--after", metavar="CURSOR", help="go on after the list that ended with it")
 
