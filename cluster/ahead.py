@@ -101,7 +101,7 @@ def _failed(execution: Execution, pending: Pending, error: BaseException, contex
     is_given_up = isinstance(error, TerminalError) or not policy.is_retried(error)
     if not is_given_up and policy.attempts > 1:
         progress = None if context.step != call.name else context.said
-        return Retrying(goto, policy.pause_s(1, chance=random.random()), progress)
+        return Retrying(goto, error, policy.pause_s(1, chance=random.random()), progress)
     execution.fail(pending.key, failure_of(error))
     if execution.is_last_failure_uncaught and not isinstance(error, TerminalError):
         return Stuck(goto, error, "given_up" if is_given_up else "attempts")

@@ -9,28 +9,33 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import msgspec
 
+from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Client, Handle
 from durable_cluster.clock import Clock
 from durable_cluster.context import Context
 from durable_cluster.durations import Duration
 from durable_cluster.errors import AppError, UnknownWorkflow
 from durable_cluster.functions import StepFunction
+from durable_cluster.interactive import is_interactive
 from durable_cluster.limits import Limit
 from durable_cluster.linear import Workflow
 from durable_cluster.machine import Machine
 from durable_cluster.notes import Attributes
 from durable_cluster.replay_statements import Declared
 from durable_cluster.retry import Retry
-from durable_cluster.runner import run_here
+from durable_cluster.runner import run_beside, run_here
 from durable_cluster.schedule_statements import Plan
 from durable_cluster.schedules import Schedules, planned
 from durable_cluster.search import Listed, Which, listed
 from durable_cluster.settings import Settings, checked_name
 from durable_cluster.types import encoded_input
+from durable_cluster.upcasts import Upcasts
 
 P = ParamSpec("P")
 R = TypeVar("R")
 In = TypeVar("In")
+Old = TypeVar("Old")
+New = TypeVar("New")
 
 
 class Anything:
@@ -50,6 +55,7 @@ class App:
         self.settings = settings or Settings()
         self.machines: dict[str, Machine] = {}
         self.steps: dict[str, StepFunction[..., Any]] = {}
+        self.upcasts = Upcasts()
         self.clock = Clock()
         self.declared: dict[str, Plan] = {}
         self.schedules = Schedules(self)
@@ -61,7 +67,8 @@ class App:
     def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:
         """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type.
 
-        ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order.
+        ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order. ``version``: see
+        ``workflow``. Raises AppError.
         """
         machine = Machine(self, name, state=state, version=version, limit=limit)
         self._add(machine)
@@ -123,9 +130,11 @@ class App:
                 timeout=timeout,
                 limit=limit,
             )
-            if made.name in self.steps:
+            if made.name in self.steps and not is_interactive():
                 raise AppError(f"app '{self.name}' has a step '{made.name}' already; give one of them another name")
             self.steps[made.name] = made
+            for machine in self.machines.values():
+                machine.forget_step(made.name)
             return made
 
         return StepDecorator(register) if function is None else register(function)
@@ -154,27 +163,40 @@ class App:
         It takes one input, or none. Between its awaits it has to come to the same again: time, chance and I/O belong into steps,
         ``now()``, ``uuid4()``, ``random()`` and ``side_effect()``. ``limit``: how many may live at once, or begin a period.
         ``keeps_memo``: one that completed keeps what it recorded, for ``history()`` and ``fork()``, as the others do in any case.
-        Raises AppError.
+        ``version``: a whole number; a workflow goes on with the code of its version if there is any (under the same ``name``), else
+        with that of the next version, and waits where all code is older. Raises AppError.
         """
 
         def register(function: Callable[..., Any]) -> Workflow[Any, Any]:
             if not callable(function):
                 raise AppError(f"@app.workflow makes a function a workflow; app.named({function!r}) finds one")
-            made: Workflow[Any, Any] = Workflow(
-                self, function, name=name, version=version, limit=limit, keeps_memo=keeps_memo
-            )
+            made: Workflow[Any, Any] = Workflow(self, function, name=name, version=version, limit=limit)
+            made.keeps_memo = keeps_memo
             self._add(made)
             return made
 
         return WorkflowDecorator(register) if function is None else register(function)
 
+    def upcast(self, old: type[Old], new: type[New]) -> Callable[[Callable[[Old], New]], Callable[[Old], New]]:
+        """Make a function the way from ``old``, a type that older code wrote, to ``new``, the class that took its place.
+
+        ``@app.upcast(OrderV1, Order)``. It is asked where a stored value does not fit ``new``, by itself or inside of another one:
+        inputs, states, arguments and results of steps, payloads of signals, results. One upcast may lead to the old type of
+        another. Raises AppError.
+        """
+
+        def register(function: Callable[[Old], New]) -> Callable[[Old], New]:
+            self.upcasts.add(old, new, function)
+            return function
+
+        return register
+
     def _add(self, machine: Machine) -> None:
-        if machine.name in self.machines:
-            raise AppError(f"app '{self.name}' has a workflow '{machine.name}' already")
-        self.machines[machine.name] = machine
+        known = self.machines.get(machine.name)
+        self.machines[machine.name] = machine if known is None else machine.beside(known, may_replace=is_interactive())
 
     def named(self, name: str) -> Machine:
-        """The workflow called ``name``. Raises UnknownWorkflow."""
+        """The workflow called ``name``, in its newest version. Raises UnknownWorkflow."""
         if name not in self.machines:
             raise UnknownWorkflow(
                 f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}"
@@ -204,7 +226,7 @@ class App:
         that nobody was there for still fire, the newest, or those of the last while ("1h"). ``due_as``: the field of ``value`` (a
         dict) that gets the due time, as the clocks of ``zone`` show it. Raises AppError, InputError, UnknownWorkflow.
         """
-        if name in self.declared:
+        if name in self.declared and not is_interactive():
             raise AppError(f"app '{self.name}' declares a schedule '{name}' already")
         self.declared[name] = planned(
             self, name, cron, workflow, value, zone=zone, overlap=overlap, catch_up=catch_up, due_as=due_as
@@ -246,6 +268,9 @@ class App:
         )
         return listed(self.client.connection(), which, limit=limit, after=after)
 
+    get_async = asynchronous(get)
+    list_async = asynchronous(list)
+
     def encoded_state(self, workflow: str, step: str, value: Any) -> str:
         """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""
         machine = self.machines.get(workflow)
@@ -270,6 +295,14 @@ class App:
         """
         limit = None if timeout is None else timedelta(seconds=timeout)
         return run_here(self, until_idle=until_idle, limit=limit)
+
+    async def run_async(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
+        """As ``run``, in a thread beside the event loop: ``asyncio.create_task(app.run_async())`` in a notebook or a web server.
+
+        Cancelled, it ends within a second or so, after the steps that run in this moment.
+        """
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        return await run_beside(self, until_idle=until_idle, limit=limit)
 
     def close(self) -> None:
         """Close this app's connections; the local Postgres stops with its last user."""

@@ -22,6 +22,7 @@ from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.handles import ChildHandle, execution_of, wait_of
+from durable_cluster.logs import WorkflowLogger
 from durable_cluster.notes import Attributes
 from durable_cluster.settings import checked_name
 from durable_cluster.signals import Signal
@@ -57,14 +58,16 @@ def wait_for(
     it, counts. Raises InputError, also for a payload that does not fit.
     """
     waiting: Any = select(name, timeout=timeout, require_token=require_token)
+    execution = execution_of("wait_for")
+    upcasts = execution.workflow.app.upcasts
 
     def payload(signal: Signal | None) -> Any:
-        return None if signal is None else signal.payload if type_ is Any else signal.payload_as(type_)
+        return None if signal is None else signal.payload if type_ is Any else signal.payload_as(type_, upcasts)
 
     async def awaited() -> Any:
         return payload(await waiting)
 
-    return payload(waiting) if execution_of("wait_for").is_sync else awaited()
+    return payload(waiting) if execution.is_sync else awaited()
 
 
 def select(
@@ -169,12 +172,14 @@ def random() -> float:
 
 
 def side_effect(make: Callable[[], T]) -> T:
-    """What ``make`` returns (JSON), recorded.
+    """What ``make`` returns (JSON, read as the type that ``make`` says it returns, if it says one), recorded.
 
     It runs again if this process dies before the next checkpoint: for what is cheap and harmless.
     """
-    result: T = execution_of("side_effect").instant("side_effect", make)
-    return result
+    execution = execution_of("side_effect")
+    decoder = decoder_of(_returned_by(make), "what side_effect() is given returns")
+    value: T = execution.workflow.app.upcasts.decoded(decoder, encode(execution.instant("side_effect", make)))
+    return value
 
 
 def patched(name: str) -> bool:
@@ -199,11 +204,15 @@ def set_progress(progress: Any) -> None:
 
 
 class Running(msgspec.Struct, frozen=True):
-    """The workflow whose line asks. ``workflow_id``: whole, a capability; ``run``: how often it was continued as new."""
+    """The workflow whose line asks. ``workflow_id``: whole, a capability; ``run``: how often it was continued as new.
+
+    ``logger``: its records say which workflow speaks; silent where the function only comes again to where it was.
+    """
 
     workflow_id: str
     workflow: str
     run: int
+    logger: WorkflowLogger
 
     @property
     def short_id(self) -> str:
@@ -217,7 +226,9 @@ class Running(msgspec.Struct, frozen=True):
 def current() -> Running:
     """Which workflow this is."""
     execution = execution_of("current")
-    return Running(execution.workflow_id, execution.workflow.name, execution.carried.run)
+    name, workflow_id = execution.workflow.name, execution.workflow_id
+    logger = WorkflowLogger(name, short_id(workflow_id), is_silent=lambda: execution.is_replaying)
+    return Running(workflow_id, name, execution.carried.run, logger)
 
 
 class Turn(Generic[S]):
@@ -252,11 +263,11 @@ async def loop(state: S) -> AsyncIterator[Turn[S]]:
     key = execution.key("loop")
     position = key.partition(" ")[0]
     decoder = decoder_of(_type_of(state), "the state of a loop")
-    known = execution.recorded(key)
+    known, upcasts = execution.recorded(key), execution.workflow.app.upcasts
     recorded = _recorded.decode(known) if known is not None else _Recorded(0, msgspec.Raw(encode(state)))
     while True:
         branch.prefix, branch.awaits, branch.branches = f"{position}~{recorded.n}.", 0, 0
-        turn: Turn[S] = Turn(recorded.n, decoder.decode(recorded.state))
+        turn: Turn[S] = Turn(recorded.n, upcasts.decoded(decoder, recorded.state))
         yield turn
         recorded = _Recorded(recorded.n + 1, msgspec.Raw(encode(turn.state)))
         execution.record(key, encode(recorded))
@@ -283,7 +294,7 @@ async def _scoped(execution: Execution, function: Callable[..., Any], args: Any,
         known = msgspec.Raw(encode(value))
         execution.record(key, bytes(known))
         execution.forget_below(f"{position}~")
-    return decoder.decode(known)
+    return execution.workflow.app.upcasts.decoded(decoder, known)
 
 
 class compensation:

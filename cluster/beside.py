@@ -24,6 +24,7 @@ from durable_cluster.context import Context
 from durable_cluster.errors import StepTimeout
 from durable_cluster.executor import Result, Task
 from durable_cluster.settings import Settings
+from durable_cluster.traced import Steps
 
 logger = logging.getLogger("durable_cluster.beside")
 
@@ -88,8 +89,9 @@ class Latch:
 class Beside:
     """The runs of one consumer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, steps: Steps = executor) -> None:
         self._settings = settings
+        self._steps = steps
         self._lock = threading.Lock()
         self._running: set[Run] = set()
         self._ended: deque[Run] = deque()
@@ -242,7 +244,7 @@ class Beside:
 
     async def _run_async(self, run: Run) -> None:
         try:
-            result = await executor.run_async(run.task, run.context)
+            result = await self._steps.run_async(run.task, run.context)
         except BaseException as error:  # whatever it is, it is this step's
             result = executor.failed(run.task, error, run.context)
         self._end(run, result)
@@ -277,7 +279,7 @@ class Beside:
         while True:
             try:
                 if result is None:
-                    result = executor.run(run.task, run.context)
+                    result = self._steps.run(run.task, run.context)
                 with self._lock:
                     run.thread_id = None
                 # One that was sent and has not arrived yet must not meet the next step.

@@ -8,7 +8,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 import psycopg
 
 from durable_cluster import coordination, schema, side_statements, statements
+from durable_cluster.asynchronous import asynchronous, in_a_thread
 from durable_cluster.context import short_id
 from durable_cluster.database import CONNECTION_LOST, connect_client
 from durable_cluster.embedded import EmbeddedPostgres
@@ -33,15 +33,12 @@ from durable_cluster.errors import (
 )
 from durable_cluster.joins import ChildResult, Results
 from durable_cluster.notes import Attributes, encoded_attributes
+from durable_cluster.polling import pauses
 from durable_cluster.replays import KEPT, Replayable
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
+from durable_cluster.transactions import Transaction, joined
 
-POLL_S_MIN = 0.002
-POLL_S_FREQUENT = 0.02
-POLL_S_MAX = 0.25
-FREQUENT_POLLS_S = 1.0
-POLL_GROWTH = 1.5
 OUTAGE_S_MAX = 30.0
 Encode = Callable[[str, Any, Any], str]
 
@@ -95,6 +92,10 @@ class Client:
                 self._keep(known)
         return known
 
+    def joining(self, tx: Transaction | None) -> statements.Connection:
+        """The connection of a call that was given ``tx``: that one, or this thread's. Raises InputError for what is none."""
+        return self.connection() if tx is None else joined(tx)
+
     def _keep(self, connection: psycopg.Connection[Any]) -> None:
         """Remember a connection until ``close``; those of threads that have ended are closed now."""
         here = os.getpid()
@@ -114,24 +115,21 @@ class Client:
         key: str | None,
         begin: timedelta | datetime | None,
         attributes: str | None,
-        tx: psycopg.Connection[Any] | None,
+        tx: Transaction | None,
         priority: float = 1,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
-        where = tx if tx is not None else self.connection()
-        with nullcontext() if priority == 1 else where.transaction():
-            workflow_id, is_new = statements.start(
-                where,
-                workflow,
-                version=version,
-                step=step,
-                payload=payload,
-                key=key,
-                begin=begin,
-                attributes=attributes,
-            )
-            if is_new and priority != 1:
-                coordination.set_priority(where, [workflow_id], priority)
+        workflow_id, _ = statements.start(
+            self.joining(tx),
+            workflow,
+            version=version,
+            step=step,
+            payload=payload,
+            key=key,
+            begin=begin,
+            attributes=attributes,
+            priority=priority,
+        )
         return workflow_id
 
     def start_many(
@@ -144,24 +142,21 @@ class Client:
         keys: Sequence[str] | None,
         begin: timedelta | datetime | None,
         attributes: Sequence[str] | None,
-        tx: psycopg.Connection[Any] | None,
+        tx: Transaction | None,
         priority: float = 1,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
-        where = tx if tx is not None else self.connection()
-        with nullcontext() if priority == 1 else where.transaction():
-            rows = statements.start_many(
-                where,
-                workflow,
-                version=version,
-                step=step,
-                payloads=payloads,
-                keys=keys,
-                begin=begin,
-                attributes=attributes,
-            )
-            if priority != 1:
-                coordination.set_priority(where, [workflow_id for workflow_id, is_new in rows if is_new], priority)
+        rows = statements.start_many(
+            self.joining(tx),
+            workflow,
+            version=version,
+            step=step,
+            payloads=payloads,
+            keys=keys,
+            begin=begin,
+            attributes=attributes,
+            priority=priority,
+        )
         return [workflow_id for workflow_id, _ in rows]
 
     def by_key(self, workflow: str, key: str) -> Handle:
@@ -225,7 +220,7 @@ class Handle(Replayable):
         every 2 to 20 ms for the first second, then up to every 250 ms. A server that is away for less than 30 s is waited for.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in _pauses():
+        for pause in pauses():
             known = self._outcome()
             if known is not None:
                 return self._answer(*known)
@@ -235,8 +230,8 @@ class Handle(Replayable):
     async def wait(self, timeout: float | None = None) -> Any:
         """As ``result``, without blocking the event loop."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in _pauses():
-            known = await asyncio.to_thread(self._outcome)
+        for pause in pauses():
+            known = await in_a_thread(self._outcome)
             if known is not None:
                 return self._answer(*known)
             await asyncio.sleep(self._pause(pause, deadline, timeout))
@@ -250,7 +245,7 @@ class Handle(Replayable):
         key: str | None = None,
         token: str | None = None,
         actor: str | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> None:
         """Send a signal (``payload``: JSON) to the workflow, which waits for it now or later; with ``tx`` in that transaction.
 
@@ -262,7 +257,7 @@ class Handle(Replayable):
             encoded = encode(payload)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the payload of signal '{name}' is not JSON: {error}") from error
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         side_statements.signal(where, self.id, name, encoded.decode(), key=key, token=token, actor=actor)
 
     def cancel(
@@ -271,7 +266,7 @@ class Handle(Replayable):
         *,
         actor: str | None = None,
         cascade: bool = True,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> bool:
         """Ask the workflow to end: its ``on_cancel`` step runs in place of its next one. Whether it lived.
 
@@ -280,7 +275,7 @@ class Handle(Replayable):
         Reaches steps that are queued, sleeping, waiting, running beside the pages, and dead letters; a step that runs in its page
         ends first. With ``tx`` the cancel is sent in that transaction. Raises UnknownWorkflow, InputError.
         """
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         return side_statements.cancel(where, self.id, reason=reason, actor=actor, cascade=cascade)
 
     def set_priority(self, priority: float) -> bool:
@@ -299,13 +294,13 @@ class Handle(Replayable):
         return coordination.resume(self._client.connection(), "workflow", self.id, actor=actor) is not None
 
     def set_attributes(
-        self, attributes: Attributes, *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None
+        self, attributes: Attributes, *, actor: str | None = None, tx: Transaction | None = None
     ) -> None:
         """Change what the workflow is found by: the given names (texts, numbers, booleans), None takes one away.
 
         Seen once a cluster has come by; with ``tx`` sent in that transaction. Raises UnknownWorkflow, InputError.
         """
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         side_statements.set_attributes(where, self.id, encoded_attributes(attributes), actor=actor)
 
     def attributes(self) -> dict[str, Any]:
@@ -342,6 +337,18 @@ class Handle(Replayable):
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self.wait().__await__()
+
+    state_async = asynchronous(state)
+    status_async = asynchronous(status)
+    progress_async = asynchronous(progress)
+    attributes_async = asynchronous(attributes)
+    signal_async = asynchronous(signal)
+    cancel_async = asynchronous(cancel)
+    set_attributes_async = asynchronous(set_attributes)
+    set_priority_async = asynchronous(set_priority)
+    pause_async = asynchronous(pause)
+    resume_async = asynchronous(resume)
+    retry_async = asynchronous(retry)
 
     def _outcome(self) -> tuple[str, str] | None:
         """Status and output, or None; also while the server is away, for so long as a restart or a failover may take."""
@@ -389,11 +396,3 @@ class Handle(Replayable):
             f" {'attempt' if attempts == 1 else 'attempts'}: {reason}; see 'durable-cluster dead-letters show {short}', retry it"
             f" with 'durable-cluster dead-letters retry {short}'"
         )
-
-
-def _pauses() -> Generator[float, None, None]:
-    pause, waited = POLL_S_MIN, 0.0
-    while True:
-        yield pause
-        waited += pause
-        pause = min(pause * POLL_GROWTH, POLL_S_MAX if waited > FREQUENT_POLLS_S else POLL_S_FREQUENT)

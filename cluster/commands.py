@@ -41,7 +41,7 @@ class Call(msgspec.Struct, frozen=True, eq=False):
 
     def decoded(self, value: msgspec.Raw) -> Any:
         """What it returned."""
-        return self.function.returned.decode(value)
+        return self.function.app.upcasts.decoded(self.function.returned, value)
 
 
 class Alarm(msgspec.Struct, frozen=True, eq=False):

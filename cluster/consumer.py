@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.errors import ObjectInUse
 
-from durable_cluster import side_statements, statements, telemetry
+from durable_cluster import side_statements, statements
 from durable_cluster.aside import Aside, OnHang
 from durable_cluster.beside import Beside
 from durable_cluster.database import connect_worker
@@ -29,9 +29,11 @@ from durable_cluster.executor import Task
 from durable_cluster.handoff import NOBODYS_FAULT, Window
 from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
+from durable_cluster.traced import page_of, steps_of
 
 if TYPE_CHECKING:
     from durable_cluster.machine import Machine
+    from durable_cluster.telemetry import Tracing
 
 logger = logging.getLogger("durable_cluster.consumer")
 
@@ -53,6 +55,7 @@ class Consumer:
         settings: Settings,
         *,
         on_hang: OnHang | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.home = shard
         self.shards = [shard]
@@ -66,15 +69,14 @@ class Consumer:
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = self._connected("starting")
         self._is_notified = False
-        self._beside = Beside(settings)
+        self._steps = steps_of(tracing)
+        beside = self._beside = Beside(settings, steps=self._steps)
         secret = side_statements.secret(self._connection)
         for machine in machines.values():
             machine.app.secret = secret
         self._see_clock()
-        self._pages = PageRunner(self._connection, machines, settings, self._beside)
-        self._aside = Aside(
-            self._connection, machines, settings, beside=self._beside, pages=self._pages, on_hang=on_hang
-        )
+        self._pages = PageRunner(self._connection, machines, settings, beside, steps=self._steps)
+        self._aside = Aside(self._connection, machines, settings, beside=beside, pages=self._pages, on_hang=on_hang)
         self._joined: list[int] = []
         self._has_appended: dict[int, bool] = {}
         self._open: dict[int, list[int]] = {}
@@ -231,8 +233,9 @@ class Consumer:
         except psycopg.Error as error:
             logger.warning("shard %d: its windows could not be handed back: %s", self.home, type(error).__name__)
         self._beside.close()
-        for machine in self._machines.values():
-            machine.forget_all()
+        for newest in self._machines.values():
+            for machine in newest.versions.values():
+                machine.forget_all()
         self._connection.close()
 
     def _leave(self, shard: int) -> None:
@@ -272,7 +275,7 @@ class Consumer:
                 return None
             page = decode_page(alone)
         try:
-            with telemetry.page_span(shard, page):
+            with page_of(self._steps, shard, page):
                 done = self._pages.run(Window(shard=shard, owner=self.owner), page)
         except NOBODYS_FAULT as conflict:
             logger.info("shard %d: %s; the page is read again", shard, type(conflict).__name__)

@@ -15,6 +15,7 @@ from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import AppError, InputError
 from durable_cluster.joins import Child, ChildResult, Results, checked_children
+from durable_cluster.logs import WorkflowLogger
 from durable_cluster.notes import Attributes, Notes, checked_attributes, checked_progress
 from durable_cluster.retry import Retry
 from durable_cluster.settings import checked_name
@@ -71,6 +72,11 @@ class Context(msgspec.Struct, eq=False, gc=False):
     def short_id(self) -> str:
         """The first 12 hex digits of the id: fit for logs."""
         return short_id(self._envelope.workflow_id)
+
+    @property
+    def logger(self) -> WorkflowLogger:
+        """A logger whose records say which workflow, step and attempt speaks; the id truncated."""
+        return WorkflowLogger(self._envelope.workflow, self.short_id, step=self.step, attempt=self.attempt)
 
     @property
     def step(self) -> str:

@@ -37,9 +37,10 @@ class Stuck(msgspec.Struct, frozen=True, gc=False):
 
 
 class Retrying(msgspec.Struct, frozen=True, gc=False):
-    """The first attempt of ``goto`` has failed already; the second follows after ``pause_s``, with what the first said."""
+    """The first attempt of ``goto`` has failed already with ``error``; the second follows after ``pause_s``, with what it said."""
 
     goto: Goto
+    error: BaseException
     pause_s: float
     progress: Any = None
 
@@ -72,7 +73,7 @@ class Spawn(msgspec.Struct, frozen=True, gc=False):
 class Join(msgspec.Struct, frozen=True, gc=False):
     """The workflow starts ``children`` and goes on with ``goto`` when enough have ended, with ``late`` after ``timeout_s`` seconds.
 
-    ``needed``, ``tolerance``: see ``joins.Joining``.
+    ``needed``, ``tolerance``: see ``joins.Joining``. ``names``, ``token_seq``: signals that it goes on with too; see ``Wait``.
     """
 
     children: tuple[Child, ...]
@@ -83,6 +84,8 @@ class Join(msgspec.Struct, frozen=True, gc=False):
     tolerance: int | None = None
     cancels_rest: bool = False
     keeps_group: bool = False
+    names: tuple[str, ...] = ()
+    token_seq: int | None = None
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):

@@ -48,6 +48,8 @@ def await_children(tx: Connection, joining: Sequence[Joining]) -> None:
         ["" if one.tolerance is None else one.tolerance for one in joining],
         ["1" if one.cancels_rest else "" for one in joining],
         [mark(one.envelope) for one in joining],
+        [",".join(one.names) for one in joining],
+        ["" if one.token_seq is None else one.token_seq for one in joining],
     )
     call_with_columns(tx, "await_children", columns)
 

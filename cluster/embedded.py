@@ -12,6 +12,7 @@ keeper (postmaster.py), to which it hands the open file. Who finds it free start
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -206,6 +207,18 @@ class EmbeddedPostgres:
         log = self._home / "postgres.log"
         lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:] if log.exists() else []
         return "; the last lines of its log:\n" + "\n".join(lines)
+
+
+@contextlib.contextmanager
+def kept_alive(data: Path) -> Iterator[None]:
+    """The local Postgres of ``data``, once somebody starts it, stays while this lasts, though its users come and go."""
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    users = open_lock(data / "users.lock")
+    try:
+        fcntl.flock(users, fcntl.LOCK_SH)  # waits for a server that is just stopping
+        yield
+    finally:
+        os.close(users)
 
 
 def open_lock(path: Path) -> int:

@@ -17,7 +17,7 @@ from durable_cluster import memo
 from durable_cluster.commands import Alarm, Command
 from durable_cluster.context import Asked, Context
 from durable_cluster.envelope import encode
-from durable_cluster.errors import ChildFailed, NonDeterminismError
+from durable_cluster.errors import ChildFailed, HandlerError, NonDeterminismError
 from durable_cluster.failures import is_in, rebuilt
 from durable_cluster.joins import Child
 from durable_cluster.loop import WorkflowLoop
@@ -27,6 +27,10 @@ from durable_cluster.notes import Attributes, Notes, checked_attributes, checked
 if TYPE_CHECKING:
     from durable_cluster.ahead import Ahead
     from durable_cluster.linear import Workflow
+
+
+EXITS_MAX = 10
+"""So often a function that is put away may try to go on."""
 
 
 class Branch:
@@ -78,6 +82,7 @@ class Execution:
         self.kept_at = 0.0
         self.main: asyncio.Task[Any]
         self.wrong: NonDeterminismError | None = None
+        self.overrun: HandlerError | None = None
         self.ahead: Ahead | None = None
         self.is_replaying = True
         self.notes: Notes | None = None
@@ -89,6 +94,7 @@ class Execution:
         self._patches = set(carried.patches)
         self._unread: dict[str, str] = {}
         self._is_closed = False
+        self._exits = 0
         self._root = Branch("")
         self._branches: dict[asyncio.Task[Any], Branch] = {}
         self._failures: list[BaseException] = []
@@ -97,11 +103,11 @@ class Execution:
 
     # From outside.
 
-    def enter(self, main: Coroutine[Any, Any, Any]) -> None:
-        """Begin the function and feed it with what is recorded."""
+    def enter(self, main: Coroutine[Any, Any, Any], *, is_first: bool) -> None:
+        """Begin the function and feed it with what is recorded. ``is_first``: no line of it has run before."""
         recorded = memo.decoded_entries(self.carried.entries)
         self._unread = _names(recorded)
-        self.is_replaying = bool(recorded)
+        self.is_replaying = not is_first
         self.main = self.loop.create_task(main)
         self.loop.run_ready()
         for entry, encoded in recorded:
@@ -331,13 +337,16 @@ class Execution:
     def key(self, name: str) -> str:
         """Where the function stands now: a position of its own, and this name."""
         if self._is_closed:
-            raise GeneratorExit
+            self._exits += 1
+            if self._exits < EXITS_MAX:
+                raise GeneratorExit
+            return ""  # it waits for ever, and Python ends what will not end
         branch = self.branch
         branch.awaits += 1
         position = f"{branch.prefix}{branch.awaits}"
         if self._unread and self._unread.get(position, name) != name:
             self._refuse(
-                f"at {_place(position)} '{self._unread[position]}' is recorded, and the code now asks for '{name}'"
+                f"at {memo.place(position)} '{self._unread[position]}' is recorded, and the code now asks for '{name}'"
             )
         return f"{position} {name}"
 
@@ -356,14 +365,14 @@ class Execution:
             try:
                 pending.future.set_result(pending.command.decoded(entry.value))
             except (msgspec.ValidationError, ChildFailed) as error:
-                self._set_wrong(f"what is recorded of {_told(entry.key)} does not fit any more: {error}")
+                self._set_wrong(f"what is recorded of {memo.told(entry.key)} does not fit any more: {error}")
                 return
         self.loop.run_ready()
 
     def _refuse_recorded(self, key: str) -> None:
-        asks = ", ".join(_told(one.key) for one in self.waits)
+        asks = ", ".join(memo.told(one.key) for one in self.waits)
         now = "has ended before it" if self.main.done() else f"waits for {asks or 'nothing'}"
-        self._set_wrong(f"{_told(key)} is recorded, and the code now {now}")
+        self._set_wrong(f"{memo.told(key)} is recorded, and the code now {now}")
 
     def _cancel(self, reason: str, encoded: bytes) -> None:
         self.record_entry(CANCEL_KEY, encoded)
@@ -387,13 +396,3 @@ def _names(recorded: Sequence[tuple[Entry, bytes]]) -> dict[str, str]:
     """What is recorded, by position."""
     parted = [entry.key.partition(" ") for entry, _ in recorded if entry.key != CANCEL_KEY]
     return {position: name for position, _, name in parted}
-
-
-def _told(key: str) -> str:
-    position, _, name = key.partition(" ")
-    return f"'{name}'" + (f" at {_place(position)}" if position else "")
-
-
-def _place(position: str) -> str:
-    branch, _, count = position.rpartition(".")
-    return f"await {count}" + (f" of branch {branch}" if branch else "")

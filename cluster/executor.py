@@ -37,10 +37,11 @@ FAILURES = (*STEP_FAILURES, asyncio.CancelledError)
 
 
 class Later(msgspec.Struct, frozen=True):
-    """A step event to be delivered after ``delay_s`` seconds."""
+    """A step event to be delivered after ``delay_s`` seconds. ``reason``: why, if an attempt has failed."""
 
     envelope: Envelope
     delay_s: float
+    reason: str = ""
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
@@ -82,6 +83,8 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
     """
     try:
         machine = machines[envelope.workflow]
+        if envelope.version != machine.version:
+            machine = machine.of_version(envelope.version)
         return Task(machine, machine.steps[envelope.step], envelope)
     except KeyError:
         if envelope.workflow in (SIGNAL, CANCEL):
@@ -98,9 +101,12 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
 
     None where the step goes on as it is: it belongs to the cleanup, is a signal, or no code here knows the workflow.
     """
-    if envelope.cancelled or envelope.workflow not in machines:
+    if envelope.cancelled:
         return None
-    machine = machines[envelope.workflow]
+    try:
+        machine = machines[envelope.workflow].of_version(envelope.version)
+    except KeyError:
+        return None
     cleanup = machine.on_cancel
     if cleanup is None:
         return Outcome(envelope.workflow_id, "cancelled", encode(_said_of(envelope, reason, None)).decode())
@@ -134,8 +140,7 @@ def queued(task: Task) -> Result | None:
     else:
         return None
     try:
-        state = _state_of(task)
-        key = limit.key_of(task.machine.counted(state) if bit == OF_WORKFLOW else state)
+        key = limit.key_of(task.machine.counted(task.step, _state_of(task)))
     except Exception as error:
         wrong = HandlerError(f"step '{task.step.name}': the key of its limit '{limit.name}' failed: {_reason(error)}")
         return failed(task, wrong, context_of(task))
@@ -208,7 +213,8 @@ def _troubled(task: Task, returned: Stuck | Retrying) -> Later | DeadLetter:
     to = _successor(task, returned.goto)
     if isinstance(returned, Stuck):
         return dead_letter(to, returned.reason, _reason(returned.error), trace=_trace(returned.error))
-    return Later(msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress), returned.pause_s)
+    again = msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress)
+    return Later(again, returned.pause_s, _reason(returned.error))
 
 
 def _completed(envelope: Envelope, output: bytes, memo: bytes) -> Outcome:
@@ -236,6 +242,8 @@ def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | 
         returned.tolerance,
         returned.cancels_rest,
         returned.keeps_group,
+        returned.names,
+        returned.token_seq,
     )
 
 
@@ -249,8 +257,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
         return dead_letter(envelope, "given_up", reason, trace=_trace(error))
     is_given_up = isinstance(error, TerminalError) or not policy.is_retried(error)
     if is_given_up or spent >= policy.attempts:
-        instead = _after_failure(task, error)
-        if instead is not None:
+        if (instead := _after_failure(task, error)) is not None:
             return instead
         if isinstance(error, TerminalError):
             return failure(envelope, reason, trace=_trace(error), memo=task.machine.memo_of(envelope, error))
@@ -259,7 +266,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
     again = msgspec.structs.replace(
         without_permit(envelope), seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
     )
-    return Later(again, pause_s)
+    return Later(again, pause_s, reason)
 
 
 def _after_failure(task: Task, error: BaseException) -> Result | None:
@@ -286,8 +293,7 @@ def crashed(envelope: Envelope, times: int, what: str = "the process died") -> D
 
 def failure(envelope: Envelope, reason: str, *, trace: str | None = None, memo: bytes = b"") -> Outcome:
     """The terminal record of a failed workflow."""
-    said = encode(_said_of(envelope, reason, trace)).decode()
-    return Outcome(envelope.workflow_id, "failed", said, memo.decode())
+    return Outcome(envelope.workflow_id, "failed", encode(_said_of(envelope, reason, trace)).decode(), memo.decode())
 
 
 def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
@@ -308,17 +314,24 @@ def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
 
 
 def _unrouted(envelope: Envelope, machines: Mapping[str, Machine], limit_s: float) -> Result:
-    if envelope.workflow in machines:
-        known: Mapping[str, object] = machines[envelope.workflow].steps
-        what = f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code"
-    else:
-        known, what = machines, f"no workflow '{envelope.workflow}' in this app"
+    unknown = _unknown(envelope, machines)
     if _waited_s(envelope.unrouted) >= limit_s:
-        return dead_letter(envelope, "unroutable", f"{what}; it has {', '.join(known) or 'none'}")
+        return dead_letter(envelope, "unroutable", unknown)
     if envelope.unrouted == 0:
-        logger.warning("%s; %s… waits for a process that does", what, short_id(envelope.workflow_id))
+        logger.warning("%s; %s… waits for a process that knows it", unknown, short_id(envelope.workflow_id))
     pause_s = min(UNROUTED_PAUSE_S_MAX, 2.0 ** min(envelope.unrouted, UNROUTED_DOUBLINGS))
     return Later(msgspec.structs.replace(without_permit(envelope), unrouted=envelope.unrouted + 1), pause_s)
+
+
+def _unknown(envelope: Envelope, machines: Mapping[str, Machine]) -> str:
+    """What this code does not know, and what it has in its place."""
+    newest = machines.get(envelope.workflow)
+    if newest is None:
+        return f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}"
+    if envelope.version > newest.version:
+        return f"workflow '{envelope.workflow}' has come to version {envelope.version}; this code is of version {newest.version}"
+    steps = newest.of_version(envelope.version).steps
+    return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {', '.join(steps) or 'none'}"
 
 
 def _waited_s(times: int) -> float:
@@ -368,6 +381,10 @@ def _arguments(task: Task, context: Context) -> tuple[Any, ...]:
 def _state_of(task: Task) -> Any:
     try:
         return task.step.decoder.decode(task.envelope.state)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass  # older code may have written it
+    try:
+        return task.machine.app.upcasts.decoded(task.step.decoder, task.envelope.state)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandlerError(f"the state does not fit step '{task.step.name}': {error}") from error
 

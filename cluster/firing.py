@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from datetime import datetime, timedelta
+from typing import Any
 
 import psycopg
 
@@ -16,7 +17,6 @@ from durable_cluster import schedule_statements
 from durable_cluster.cron import Cron
 from durable_cluster.errors import DurableError
 from durable_cluster.schedule_statements import Due
-from durable_cluster.statements import Connection
 
 logger = logging.getLogger("durable_cluster.firing")
 
@@ -38,7 +38,7 @@ class Firing:
         """How long until the next look."""
         return max(0.0, self._look_at - time.monotonic())
 
-    def tend(self, connection: Connection, *, is_asked: bool = False) -> bool:
+    def tend(self, connection: psycopg.Connection[Any], *, is_asked: bool = False) -> bool:
         """Fire what is due, if it is time to look, or ``is_asked``. Whether anything was."""
         if self.rest_s and not is_asked:
             return False
@@ -53,14 +53,14 @@ class Firing:
             self._look_at = 0.0
         return has_fired
 
-    def _fire_all(self, connection: Connection) -> bool:
+    def _fire_all(self, connection: psycopg.Connection[Any]) -> bool:
         now = time.monotonic()
         waiting = [name for name, (again_at, _) in self._failed.items() if again_at > now]
         has_started = schedule_statements.start_queued(connection) > 0
         due = schedule_statements.due(connection, limit=AT_ONCE_MAX, without=waiting)
         return any([has_started, *(self._fire(connection, one) for one in due)])
 
-    def _fire(self, connection: Connection, due: Due) -> bool:
+    def _fire(self, connection: psycopg.Connection[Any], due: Due) -> bool:
         """Fire one schedule; whether it was this process that did."""
         try:
             dues, next_due = worked_out(due)

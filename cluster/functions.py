@@ -196,7 +196,7 @@ class StepFunction(Generic[P, R]):
     def bound(self, args: msgspec.Raw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the function is called with. Raises HandlerError for recorded arguments that do not fit (any more)."""
         try:
-            values = self._args.decode(args)
+            values = self.app.upcasts.decoded(self._args, args)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             told = (
                 sentence(error, bytes(args), names=self._names) if isinstance(error, msgspec.ValidationError) else error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio.events
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -24,9 +24,9 @@ ANY = msgspec.json.Decoder(Any)
 class WorkflowHandle(Handle, Generic[T]):
     """As ``Handle``; the result is of the type that the workflow's function returns."""
 
-    def __init__(self, client: Client, workflow: str, workflow_id: str, returned: msgspec.json.Decoder[Any]) -> None:
+    def __init__(self, client: Client, workflow: str, workflow_id: str, read: Callable[[bytes], Any]) -> None:
         super().__init__(client, workflow, workflow_id)
-        self._returned = returned
+        self._read = read
 
     def result(self, timeout: float | None = None) -> T:
         """See ``Handle.result``."""
@@ -40,18 +40,18 @@ class WorkflowHandle(Handle, Generic[T]):
         return self.wait().__await__()
 
     def _typed(self, value: Any) -> T:
-        typed: T = self._returned.decode(msgspec.json.encode(value))
+        typed: T = self._read(msgspec.json.encode(value))
         return typed
 
 
 class ChildHandle(Generic[T]):
     """A child of a workflow, in that workflow's lines: ``await`` it, or ``gather`` several. ``number``: among all its children."""
 
-    def __init__(self, execution: Execution, number: int, workflow: str, returned: msgspec.json.Decoder[Any]) -> None:
+    def __init__(self, execution: Execution, number: int, workflow: str, read: Callable[[bytes], Any]) -> None:
         self.number = number
         self.workflow = workflow
         self._execution = execution
-        self._returned = returned
+        self._read = read
 
     def __repr__(self) -> str:
         return f"<ChildHandle {self.number}: {self.workflow}>"
@@ -67,17 +67,17 @@ class ChildHandle(Generic[T]):
 
     def typed(self, child: ChildResult) -> T:
         """The output of what became of it. Raises ChildFailed."""
-        typed: T = self._returned.decode(msgspec.json.encode(child.value))
+        typed: T = self._read(msgspec.json.encode(child.value))
         return typed
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.wait().__await__()
 
 
-def spawned(child: Child, returned: msgspec.json.Decoder[Any]) -> ChildHandle[Any]:
+def spawned(child: Child, read: Callable[[bytes], Any]) -> ChildHandle[Any]:
     """The handle of a child that the running workflow starts with its next checkpoint. Raises AppError outside of one."""
     execution = execution_of("spawn")
-    return ChildHandle(execution, execution.spawn([child]), child.workflow, returned)
+    return ChildHandle(execution, execution.spawn([child]), child.workflow, read)
 
 
 def wait_of(execution: Execution, handles: list[ChildHandle[Any]], needed: int) -> ChildrenWait:

@@ -28,6 +28,7 @@ from durable_cluster.executor import Result, Task
 from durable_cluster.settings import Settings
 from durable_cluster.side_results import NOT_IN_THE_LOG, Detached, Slot
 from durable_cluster.statements import Outcome
+from durable_cluster.traced import Steps
 
 logger = logging.getLogger("durable_cluster.handoff")
 
@@ -67,8 +68,9 @@ class StepFailed(Exception):
 class Handoff:
     """Commits pages on one connection; remembers how large a group of transactional steps has gone well."""
 
-    def __init__(self, connection: psycopg.Connection[Any], settings: Settings) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], settings: Settings, *, steps: Steps = executor) -> None:
         self._connection = connection
+        self._steps = steps
         self._breaks: Counter[str] = Counter()
         self._breaks_max = settings.max_crashes
         self._bytes_max = settings.page_bytes_max
@@ -200,7 +202,7 @@ class Handoff:
         self._connection.is_of_a_step = True  # type: ignore[attr-defined]
         try:
             with self._limited(task):
-                result = executor.call(task, context)
+                result = self._steps.call(task, context)
         except executor.FAILURES as error:
             if any(isinstance(cause, NOBODYS_FAULT) for cause in _causes(error)):
                 raise Conflict from error

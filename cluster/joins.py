@@ -45,6 +45,7 @@ class Joining(msgspec.Struct, frozen=True):
     """A parent that spawns ``children`` and waits for its group. ``envelope``: its step then; ``late``: that after ``timeout_s``.
 
     ``needed``: so many completed are enough (None: all have to end); ``tolerance``: more failed ones than that are enough too.
+    ``names``: a signal of one of these resumes it too, if it brings the token with the number ``token_seq``, where there is one.
     """
 
     envelope: Envelope
@@ -56,6 +57,8 @@ class Joining(msgspec.Struct, frozen=True):
     tolerance: int | None
     cancels_rest: bool
     keeps_group: bool = False
+    names: tuple[str, ...] = ()
+    token_seq: int | None = None
 
 
 class ChildResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,6 @@ from durable_cluster.limits import Limit
 from durable_cluster.machine import Step
 from durable_cluster.memo import Asked, Carried, carried_decoder
 from durable_cluster.notes import noted_too
-from durable_cluster.replay_statements import Declared
 from durable_cluster.retry import Retry
 from durable_cluster.typed import In, R, TypedMachine
 from durable_cluster.types import Signature, input_of
@@ -49,19 +48,14 @@ SEVERAL_TIMEOUT_S = 10 * 365 * 86_400.0
 class Workflow(TypedMachine[In, R]):
     """Made by ``@app.workflow``: started, looked up, scheduled and spawned as any machine is."""
 
+    is_linear = True
+
     def __init__(
-        self,
-        app: App,
-        function: Callable[..., Any],
-        *,
-        name: str | None,
-        version: int,
-        limit: Limit | None,
-        keeps_memo: bool = False,
+        self, app: App, function: Callable[..., Any], *, name: str | None, version: int, limit: Limit | None
     ) -> None:
         super().__init__(app, name or function.__name__, state=Any, version=version, limit=limit)
         self.function = function
-        self.keeps_memo = keeps_memo
+        self.keeps_memo = False
         self.is_sync = not inspect.iscoroutinefunction(function)
         self.takes_input, input_type, returns = input_of(function)
         self.returned = decoder_of(returns, f"workflow '{self.name}': the type it returns")
@@ -88,17 +82,10 @@ class Workflow(TypedMachine[In, R]):
             f"workflow '{self.name}' has no step '{name}'; its app's are {', '.join(self.app.steps) or 'none yet'}"
         )
 
-    def fork_step(self, at: str | None) -> str:
-        """Wherever it is forked, its input is that of the function."""
-        return START
-
-    def counted(self, state: Any) -> Any:
-        """A fork begins with all that it carries; its limit counts it by the input."""
-        return self._first().decoder.decode(state.input) if isinstance(state, Carried) else state
-
-    def declared(self) -> Declared:
-        """Where it begins says that it is a function; its steps are its app's."""
-        return Declared(self.name, self.version, START, (), self.limit is not None)
+    def counted(self, step: Step, state: Any) -> Any:
+        """A fork begins with all that it carries; the workflow's limit counts it by its input."""
+        is_fork = isinstance(state, Carried) and step.limit is None
+        return self.app.upcasts.decoded(self._first().decoder, state.input) if is_fork else state
 
     def asked(self, execution: Execution, command: Command) -> Any:
         """What a line of the function gets for asking: a coroutine, or in a plain ``def`` what it came to."""
@@ -108,7 +95,8 @@ class Workflow(TypedMachine[In, R]):
     # Its own steps.
 
     def _start(self, ctx: Context, value: Any) -> Continuation:
-        return self.handed_on(ctx, self._entered(ctx, Carried(ctx.envelope.state), value, ahead=self._ahead(ctx)))
+        execution = self._entered(ctx, Carried(ctx.envelope.state), value, is_first=True, ahead=self._ahead(ctx))
+        return self.handed_on(ctx, execution)
 
     def _resume(self, ctx: Context, carried: Carried) -> Continuation:
         execution = self.execution(ctx, carried)
@@ -200,10 +188,10 @@ class Workflow(TypedMachine[In, R]):
                 return known
             known.close()
         try:
-            value = self.first.decoder.decode(carried.input)  # type: ignore[union-attr]
+            value = self.app.upcasts.decoded(self._first().decoder, carried.input)
         except msgspec.DecodeError as error:
             raise HandlerError(f"the input does not fit workflow '{self.name}' any more: {error}") from error
-        return self._entered(ctx, carried, value)
+        return self._entered(ctx, carried, value, is_first=_begins_again(ctx, carried))
 
     def handed_on(self, ctx: Context, execution: Execution) -> Continuation:
         """What the function waits for now, or its end."""
@@ -214,6 +202,8 @@ class Workflow(TypedMachine[In, R]):
             return failed
         if execution.notes is not None:
             ctx.notes, execution.notes = noted_too(ctx.notes, execution.notes), None
+        if execution.overrun is not None:
+            return self._stuck(execution, execution.overrun)
         if execution.is_done:
             return self._ended(ctx, execution)
         waiting = self._waiting(ctx, execution)
@@ -299,11 +289,13 @@ class Workflow(TypedMachine[In, R]):
             return None
         return Ahead(ctx, time.monotonic() + run_ahead_ms / 1000)
 
-    def _entered(self, ctx: Context, carried: Carried, value: Any, *, ahead: Ahead | None = None) -> Execution:
+    def _entered(
+        self, ctx: Context, carried: Carried, value: Any, *, is_first: bool, ahead: Ahead | None = None
+    ) -> Execution:
         execution = Execution(self, ctx.workflow_id, carried)
         execution.thread_id = threading.get_ident()
         execution.ahead = ahead
-        execution.enter(self._main(execution, value))
+        execution.enter(self._main(execution, value), is_first=is_first)
         return execution
 
     def _main(self, execution: Execution, value: Any) -> Coroutine[Any, Any, Any]:
@@ -317,6 +309,11 @@ class Workflow(TypedMachine[In, R]):
             self._known.clear()
         for execution in known:
             execution.close()
+
+    def forget_step(self, name: str) -> None:
+        """It is asked for anew, and so are functions that may have begun with another."""
+        self.steps.pop(name, None)
+        self.forget_all()
 
     def _keep(self, workflow_id: str, execution: Execution) -> None:
         """Keep the function for its next step. Where there is no room, who is there stays, but for who has not been used for long.
@@ -379,6 +376,13 @@ class _Steps(dict[str, Step]):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in self._workflow.app.steps
+
+
+def _begins_again(ctx: Context, carried: Carried) -> bool:
+    """Whether this is the first event after ``continue_as_new``, of a replay or of a fork: nothing is recorded or answered."""
+    answers = carried.asked is not None or ctx.signal is not None or ctx.envelope.has_children
+    is_new = carried.run > 0 or carried.is_forked
+    return ctx.step == RESUME and is_new and bytes(carried.entries) == b"[]" and not answers
 
 
 async def _awaited(execution: Execution, command: Command) -> Any:

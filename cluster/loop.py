@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.events
+import ctypes
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Never
 
-from durable_cluster.errors import AppError
+from durable_cluster.context import short_id
+from durable_cluster.errors import AppError, HandlerError
 
 if TYPE_CHECKING:
     from durable_cluster.execution import Execution
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("durable_cluster.loop")
 
 TASKS_MAX = 10_000
-TURNS_MAX = 1_000_000
+TURNS_MAX = 100_000
+"""Callbacks between two waits: more of them are a branch that waits for nothing."""
+SLOW_S = 1.0
 
 
 class WorkflowLoop(asyncio.AbstractEventLoop):
@@ -37,9 +42,11 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Run until everything waits. Whoever asks for the running loop meanwhile is told of this one."""
         outer = asyncio.events._get_running_loop()
         asyncio.events._set_running_loop(self)
-        ready = self._ready
+        ready, began_s = self._ready, time.monotonic()
         try:
-            while ready:
+            for _ in range(TURNS_MAX):
+                if not ready:
+                    break
                 one = ready.popleft()
                 if isinstance(one, asyncio.Handle):
                     if not one.cancelled():
@@ -47,8 +54,17 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                 else:
                     callback, args, context = one
                     context.run(callback, *args)
+            else:
+                ready.clear()
+                self.execution.overrun = HandlerError(
+                    f"workflow '{self.execution.workflow.name}' ran {TURNS_MAX:,} turns without waiting for a step, a time, a"
+                    " signal or a child; what a branch waits for has to be one of those"
+                )
         finally:
             asyncio.events._set_running_loop(outer)
+            took_s = time.monotonic() - began_s
+            if took_s > SLOW_S:
+                self._warn("kept the others of its process waiting for %.1f s; long work belongs in a step", took_s)
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Any:  # type: ignore[override]
         """Run it in its turn. Tasks call this with a context, and want nothing back."""
@@ -126,9 +142,17 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                     try:
                         coroutine.close()
                     except Exception as error:
-                        logger.debug("a workflow's function raised %s while it was put away", type(error).__name__)
+                        # Never freed: Python would run its lines again to end it, perhaps without end.
+                        ctypes.pythonapi.Py_IncRef(ctypes.py_object(coroutine))
+                        self._warn(
+                            "did not let itself be put away: %s; 'except BaseException' has to raise again", error
+                        )
         finally:
             asyncio.events._set_running_loop(outer)
+
+    def _warn(self, what: str, *args: object) -> None:
+        execution = self.execution
+        logger.warning(f"workflow '%s' (%s…) {what}", execution.workflow.name, short_id(execution.workflow_id), *args)
 
 
 def _refused(name: str) -> Callable[..., Never]:

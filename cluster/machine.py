@@ -8,20 +8,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-import psycopg
 
 from durable_cluster import coordination
+from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Handle
 from durable_cluster.decoding import decoder_of
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.handles import ANY, ChildHandle, spawned
+from durable_cluster.interactive import is_interactive
 from durable_cluster.joins import Child
 from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
 from durable_cluster.replay_statements import Declared
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.settings import checked_name
+from durable_cluster.transactions import Transaction
 from durable_cluster.types import Signature, checked_key, encoded_input, signature_of
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from durable_cluster.executor import Task
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+VERSION_MAX = 2**31 - 1
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -67,10 +71,13 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 class Machine:
     """A kind of workflow, written as steps that say what comes next."""
 
+    is_linear = False
+
     def __init__(self, app: App, name: str, *, state: Any, version: int, limit: Limit | None) -> None:
         self.app = app
         self.name = checked_name("workflow", name)
-        self.version = version
+        self.version = checked_version(self.name, version)
+        self.versions: dict[int, Machine] = {self.version: self}
         self.limit = checked_limit(limit, of=f"machine '{name}'")
         self.steps: dict[str, Step] = {}
         self.first: Step | None = None
@@ -131,6 +138,8 @@ class Machine:
         return register
 
     def _demand_possible(self, step_name: str, *, start: bool, on_cancel: bool) -> None:
+        if is_interactive():
+            return
         if step_name in self.steps:
             raise AppError(f"machine '{self.name}' has a step '{step_name}' already; give one of them another name")
         if start and self.first is not None:
@@ -139,6 +148,31 @@ class Machine:
             raise AppError(
                 f"machine '{self.name}' cleans up at '{self.on_cancel.name}' already; only one step has on_cancel=True"
             )
+
+    def beside(self, older: Machine, *, may_replace: bool) -> Machine:
+        """Both of them in one app, which have one name and two versions, or this in place of the other; the newest of all.
+
+        Raises AppError.
+        """
+        if self.version in older.versions and not may_replace:
+            raise AppError(
+                f"app '{self.app.name}' has a workflow '{self.name}' of version {self.version} already;"
+                " give one of them another name or version"
+            )
+        versions = {**older.versions, self.version: self}
+        for machine in versions.values():
+            machine.versions = versions
+        return versions[max(versions)]
+
+    def of_version(self, version: int) -> Machine:
+        """The code for a workflow of this version: of its own, else of the next one there is. KeyError: all code is older."""
+        known = self.versions.get(version)
+        if known is not None:
+            return known
+        newer = [one for one in self.versions if one > version]
+        if not newer:
+            raise KeyError(version)
+        return self.versions[min(newer)]
 
     def step_name(self, step: str | Callable[..., Any]) -> str:
         """The name of one of this machine's steps. Raises AppError for any other."""
@@ -159,14 +193,15 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
         Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
         database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
         done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it joins that
-        connection's transaction: both commit or neither. Raises InputError before anything is written.
+        connection's transaction: both commit or neither; a psycopg connection, or one that SQLAlchemy (also as a session) or
+        Django holds. Raises InputError before anything is written.
         """
         begin = beginning(after=after, at=at)
         first = self._first()
@@ -196,7 +231,7 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | Sequence[Attributes | None] | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> Sequence[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
@@ -242,7 +277,7 @@ class Machine:
 
         ``await`` the handle for its output. Raises InputError.
         """
-        return spawned(self.child(value, after=after, attributes=attributes), ANY)
+        return spawned(self.child(value, after=after, attributes=attributes), ANY.decode)
 
     def pause(self, *, actor: str | None = None) -> bool:
         """From now on no workflow of this kind begins a step, until ``resume``; new ones may be started. Whether that is new."""
@@ -259,6 +294,10 @@ class Machine:
         except InputError as error:
             raise UnknownWorkflow(f"no workflow '{self.name}' with such a key: {error}") from error
 
+    start_async = asynchronous(start)
+    start_many_async = asynchronous(start_many)
+    get_async = asynchronous(get)
+
     def after_failure(self, task: Task, error: BaseException) -> Continuation | None:
         """What the workflow does about a step that failed for good; None: it is a dead letter."""
         return None
@@ -274,20 +313,24 @@ class Machine:
     def forget_all(self) -> None:
         """Let go of what this process keeps of its workflows."""
 
+    def forget_step(self, name: str) -> None:
+        """The app has a step of this name from now on, perhaps another."""
+
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether what a linear workflow's state holds fits too. Raises InputError."""
 
     def fork_step(self, at: str | None) -> str:
         """The step whose state is the input of a fork at ``at``. Raises AppError."""
-        return self._first().name if at is None else self.step_name(at)
+        return self._first().name if at is None or self.is_linear else self.step_name(at)
 
-    def counted(self, state: Any) -> Any:
-        """What its limit counts a workflow by, given the state of its first step event."""
+    def counted(self, step: Step, state: Any) -> Any:
+        """What a limit counts this step by, or the workflow if it is the first."""
         return state
 
     def declared(self) -> Declared:
         """What the database is told of it."""
-        return Declared(self.name, self.version, self._first().name, list(self.steps), self.limit is not None)
+        steps = () if self.is_linear else tuple(self.steps)
+        return Declared(self.name, self.version, self._first().name, steps, self.limit is not None)
 
     def opening(self, value: Any) -> tuple[str, str]:
         """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
@@ -303,6 +346,13 @@ class Machine:
         what = f"the input of workflow '{self.name}'"
         limit = self.app.settings.payload_bytes_max
         return encoded_input(value, decoder=first.decoder, what=what, bytes_max=limit).decode()
+
+
+def checked_version(workflow: str, version: int) -> int:
+    """``version``, if it is one. Raises AppError."""
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= VERSION_MAX:
+        raise AppError(f"workflow '{workflow}': version={version!r}; it is a whole number from 0 to {VERSION_MAX:,}")
+    return version
 
 
 def demand_callable(step_name: str, *, is_async: bool, transactional: bool, blocking: bool) -> None:

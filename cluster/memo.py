@@ -59,7 +59,7 @@ class Carried(
 
     ``entries``: a JSON array of ``Entry``; ``instants``: what was recorded without a step, by key; ``patches``: the changes that
     this run has taken; ``spawned``: how many children were started; ``tokens``: how many waits with a token have begun;
-    ``run``: how often it was continued as new. ``is_forked``: of the instants only those count that the entries lead to.
+    ``run``: how often it was continued as new. ``is_forked``: it begins anew: of the instants only those count that the entries lead to.
     """
 
     input: msgspec.Raw
@@ -120,3 +120,15 @@ def failed_at(state: msgspec.Raw, failure: Failure) -> bytes:
     if carried.asked is None:
         return bytes(state)
     return encode(with_entries(carried, [failed(carried.asked.key, failure)]))
+
+
+def told(key: str) -> str:
+    """A key for people."""
+    position, _, name = key.partition(" ")
+    return f"'{name}'" + (f" at {place(position)}" if position else "")
+
+
+def place(position: str) -> str:
+    """A position for people."""
+    branch, _, count = position.rpartition(".")
+    return f"await {count}" + (f" of branch {branch}" if branch else "")

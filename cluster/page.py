@@ -23,6 +23,7 @@ from durable_cluster.notes import Noted
 from durable_cluster.settings import Settings
 from durable_cluster.side_results import Detached, Slot
 from durable_cluster.statements import Outcome
+from durable_cluster.traced import Steps
 
 if TYPE_CHECKING:
     from durable_cluster.machine import Machine
@@ -44,14 +45,21 @@ class PageRunner:
     """Runs the pages of one consumer on its one connection; slow steps go on beside them."""
 
     def __init__(
-        self, connection: psycopg.Connection[Any], machines: Mapping[str, Machine], settings: Settings, beside: Beside
+        self,
+        connection: psycopg.Connection[Any],
+        machines: Mapping[str, Machine],
+        settings: Settings,
+        beside: Beside,
+        *,
+        steps: Steps = executor,
     ) -> None:
         self.inline: Task | None = None
         self._connection = connection
         self._machines = machines
         self._settings = settings
         self._window_s = settings.page_window_ms / 1000
-        self._handoff = Handoff(connection, settings)
+        self._steps = steps
+        self._handoff = Handoff(connection, settings, steps=steps)
         self._beside = beside
         self._slow_steps: set[tuple[str, str]] = set()
         self._marked: tuple[int, int, str] | None = None
@@ -159,7 +167,7 @@ class PageRunner:
         if envelope.has_children or not task.step.is_plain:
             return self._prepared(task)
         self.inline = task
-        return executor.run(task, executor.context_of(task))
+        return self._steps.run(task, executor.context_of(task))
 
     def _diverted(self, envelope: Envelope) -> tuple[Envelope, Slot]:
         """The step event that runs in place of one whose workflow is cancelled; and what becomes of it if none does now."""
@@ -189,7 +197,7 @@ class PageRunner:
         if not task.step.is_inline:
             return task
         self.inline = task
-        return executor.run(task, executor.context_of(task))
+        return self._steps.run(task, executor.context_of(task))
 
     def _run_suspects(self, window: Window, page: Page) -> PageDone:
         """A process died with one of these lines: each runs and is committed alone, and is known to run before it does.

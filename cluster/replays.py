@@ -6,10 +6,11 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
-import psycopg
 
 from durable_cluster import replay_statements
+from durable_cluster.asynchronous import asynchronous
 from durable_cluster.errors import InputError
+from durable_cluster.transactions import Transaction
 
 if TYPE_CHECKING:
     from durable_cluster.client import Client
@@ -47,14 +48,14 @@ class Replayable:
     workflow: str
     id: str
 
-    def replay(self, *, actor: str | None = None, tx: psycopg.Connection[Any] | None = None) -> Self:
+    def replay(self, *, actor: str | None = None, tx: Transaction | None = None) -> Self:
         """Start over, with the same input and nothing of what was recorded; the handle of what runs now.
 
         A stuck workflow does so itself, under its id. Of one that has ended a new one is started, with its input and attributes and
         no key, as the code is now. With ``tx`` in that transaction. Raises InvalidState for one that goes on by itself (cancel it
         first) or has children alive, UnknownWorkflow, InputError.
         """
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         workflow_id, _ = replay_statements.replay(where, self.id, actor=actor)
         return self._of(workflow_id)
 
@@ -64,7 +65,7 @@ class Replayable:
         input: Any = KEPT,
         *,
         actor: str | None = None,
-        tx: psycopg.Connection[Any] | None = None,
+        tx: Transaction | None = None,
     ) -> Self:
         """Start a new workflow from a point of this one, which goes on, or stays, as it is; the handle of the new one.
 
@@ -75,7 +76,7 @@ class Replayable:
         (for an unknown path it names those that there are).
         """
         encoded = None if input is KEPT else self._client.encode_fork(self.workflow, at, input)
-        where = tx if tx is not None else self._client.connection()
+        where = self._client.joining(tx)
         return self._of(replay_statements.fork(where, self.id, at=at, input=encoded, actor=actor))
 
     def history(self, limit: int = HISTORY_MAX) -> list[Recorded]:
@@ -88,6 +89,10 @@ class Replayable:
             raise InputError(f"history(limit={limit}): it is 1 or more")
         rows = replay_statements.history(self._client.connection(), self.id, limit=limit)
         return [recorded(number, path, status, value) for number, path, status, value in rows]
+
+    replay_async = asynchronous(replay)
+    fork_async = asynchronous(fork)
+    history_async = asynchronous(history)
 
     def _of(self, workflow_id: str) -> Self:
         again = copy(self)

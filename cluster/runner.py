@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -17,8 +20,24 @@ if TYPE_CHECKING:
     from durable_cluster.app import App
 
 
-def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
-    """Run until nothing is ready or due within a minute, the limit is over, or for ever. Steps run."""
+async def run_beside(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
+    """As ``run_here``, in a thread; cancelled, that ends first."""
+    is_cancelled = threading.Event()
+    running = asyncio.ensure_future(
+        asyncio.to_thread(run_here, app, until_idle=until_idle, limit=limit, should_end=is_cancelled.is_set)
+    )
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        is_cancelled.set()
+        await running
+        raise
+
+
+def run_here(
+    app: App, *, until_idle: bool, limit: timedelta | None, should_end: Callable[[], bool] = lambda: False
+) -> int:
+    """Run until nothing is ready or due within a minute, the limit is over, it should end, or for ever. Steps run."""
     dsn = app.client.dsn
     with connect(dsn, name="durable-cluster run") as connection:
         shards = schema.demand_installed(connection)
@@ -27,10 +46,10 @@ def run_here(app: App, *, until_idle: bool, limit: timedelta | None) -> int:
     stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
 
     def is_over() -> bool:
-        return stop_at is not None and time.monotonic() >= stop_at
+        return should_end() or (stop_at is not None and time.monotonic() >= stop_at)
 
     tracing = telemetry.configure("run")
-    consumer = Consumer(dsn, 0, app.machines, app.settings)
+    consumer = Consumer(dsn, 0, app.machines, app.settings, tracing=tracing)
     consumer.shards = list(range(shards))
     firing = Firing()
     try:

@@ -7,13 +7,11 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import msgspec
-import psycopg
-from psycopg.rows import kwargs_row
 
 from durable_cluster.errors import translated
 from durable_cluster.statements import Connection, plain_cursor
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,7 +181,7 @@ def backfill(tx: Connection, name: str, *, edition: int, dues: Sequence[datetime
 def schedules(connection: Connection, name: str | None = None) -> list[Schedule]:
     """All, or the one called ``name``, by their names."""
     with translated():
-        return _structs(connection, Schedule, "select * from durable.schedules(%s)", name)
+        return _structs(connection, Schedule, "durable.schedules(%s)", name)
 
 
 def may_see_inputs(connection: Connection) -> bool:
@@ -206,8 +204,7 @@ def next_schedule(connection: Connection) -> float | None:
 def due(connection: Connection, *, limit: int, without: Iterable[str]) -> list[Due]:
     """Schedules whose time has come, the longest due first, but those named in ``without``."""
     with translated():
-        query = "select * from durable.due_schedules(%s::int, %s::text[])"
-        return _structs(connection, Due, query, limit, list(without))
+        return _structs(connection, Due, "durable.due_schedules(%s::int, %s::text[])", limit, list(without))
 
 
 def start_queued(connection: Connection) -> int:
@@ -240,6 +237,7 @@ def _answer(connection: Connection, query: str, *arguments: object) -> Any:
     return row and row[0]
 
 
-def _structs(connection: Connection, kind: type[T], query: str, *arguments: object) -> list[T]:
-    cursor = psycopg.Cursor(connection, row_factory=kwargs_row(kind))
-    return cursor.execute(query.encode(), arguments).fetchall()
+def _structs(connection: Connection, kind: type[T], call: str, *arguments: object) -> list[T]:
+    fields = kind.__struct_fields__
+    rows = plain_cursor(connection).execute(f"select {', '.join(fields)} from {call}".encode(), arguments)
+    return [kind(**dict(zip(fields, row, strict=True))) for row in rows]

@@ -18,6 +18,8 @@ from durable_cluster.errors import AppError, InputError, UnknownWorkflow
 from durable_cluster.replays import KEPT
 from durable_cluster.schedule_statements import Plan, Schedule
 from durable_cluster.settings import checked_name
+from durable_cluster.statements import Connection
+from durable_cluster.transactions import Transaction
 
 if TYPE_CHECKING:
     from durable_cluster.app import App
@@ -27,8 +29,6 @@ OVERLAPS = ("skip", "queue", "allow")
 CATCH_UP_MAX = 1_000
 BACKFILL_MAX = 1_000
 JUST_BEFORE = timedelta(microseconds=1)
-
-Connection = psycopg.Connection[Any]
 
 
 class Triggered(msgspec.Struct, frozen=True):
@@ -93,7 +93,7 @@ def checked_catch_up(catch_up: int | Duration) -> tuple[int, float | None]:
     return CATCH_UP_MAX, while_s
 
 
-def declare(app: App, connection: Connection) -> list[str]:
+def declare(app: App, connection: psycopg.Connection[Any]) -> list[str]:
     """Make the database's schedules what the app's code declares, in one transaction; the names of those it no longer declares.
 
     Those go on firing until somebody deletes them. Schedules made at run time begin their workflows as this code does.
@@ -126,7 +126,7 @@ class Schedules:
         overlap: str = "skip",
         catch_up: int | str | timedelta = 1,
         due_as: str | None = None,
-        tx: Connection | None = None,
+        tx: Transaction | None = None,
     ) -> None:
         """Make a schedule now; the arguments are those of ``App.schedule``. Raises InputError, also for a name that is taken."""
         plan = planned(
@@ -144,7 +144,7 @@ class Schedules:
         zone: str | None = None,
         overlap: str | None = None,
         catch_up: int | str | timedelta | None = None,
-        tx: Connection | None = None,
+        tx: Transaction | None = None,
     ) -> None:
         """Change a schedule that was made at run time; what is left out stays. Another cron or zone counts from now on.
 
@@ -168,15 +168,15 @@ class Schedules:
             catch_up=None if catch_up is None else checked_catch_up(catch_up),
         )
 
-    def delete(self, name: str, *, tx: Connection | None = None) -> None:
+    def delete(self, name: str, *, tx: Transaction | None = None) -> None:
         """What it has started goes on. One that is declared in code comes back with the next start. Raises UnknownWorkflow."""
         sql.delete(self._where(tx), name)
 
-    def pause(self, name: str, reason: str | None = None, *, tx: Connection | None = None) -> bool:
+    def pause(self, name: str, reason: str | None = None, *, tx: Transaction | None = None) -> bool:
         """From now on nothing of it starts; whether it was not paused already. Raises UnknownWorkflow, InputError."""
         return sql.pause(self._where(tx), name, reason=reason)
 
-    def resume(self, name: str, *, tx: Connection | None = None) -> bool:
+    def resume(self, name: str, *, tx: Transaction | None = None) -> bool:
         """Go on with the next due time; what was due meanwhile is for ``backfill``. Whether it was paused.
 
         Raises UnknownWorkflow.
@@ -191,7 +191,7 @@ class Schedules:
         """What is known of one. Raises UnknownWorkflow."""
         return self._known(self._where(None), name)
 
-    def trigger(self, name: str, *, overlap: str | None = None, tx: Connection | None = None) -> Triggered:
+    def trigger(self, name: str, *, overlap: str | None = None, tx: Transaction | None = None) -> Triggered:
         """Run it now, also while it is paused, with now as its due time. Raises UnknownWorkflow, InputError.
 
         ``overlap``: what happens while another of its runs lives, in place of its own policy.
@@ -202,7 +202,7 @@ class Schedules:
         handle = None if workflow_id is None else Handle(self._app.client, known.workflow, workflow_id)
         return Triggered(outcome, handle)
 
-    def backfill(self, name: str, begin: datetime, end: datetime, *, tx: Connection | None = None) -> int:
+    def backfill(self, name: str, begin: datetime, end: datetime, *, tx: Transaction | None = None) -> int:
         """Start what was due from ``begin`` to ``end`` and has not been started; how many. All at once, whatever ``overlap`` says.
 
         Raises UnknownWorkflow; InputError for a period that is not over, and for more than 1,000 due times.
@@ -211,8 +211,8 @@ class Schedules:
         known = self._known(where, name)
         return sql.backfill(where, name, edition=known.edition, dues=_dues(known, begin, end, sql.now(where)))
 
-    def _where(self, tx: Connection | None) -> Connection:
-        return tx if tx is not None else self._app.client.connection()
+    def _where(self, tx: Transaction | None) -> Connection:
+        return self._app.client.joining(tx)
 
     def _known(self, connection: Connection, name: str) -> Schedule:
         found = sql.schedules(connection, checked_name("schedule", name))

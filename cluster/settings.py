@@ -66,13 +66,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """What the environment says; nothing else in the package reads it. ``actor``: on whose behalf, for the audit."""
+    """What the environment says; nothing else in the package reads it. ``actor``: on whose behalf, for the audit.
+
+    ``trace_sample``: which part of all workflows is traced step by step, from 0 to 1.
+    """
 
     dsn: str | None
     data: Path
     pg_bin: Path | None
     otlp_endpoint: str | None
     actor: str | None = None
+    trace_sample: float = 0.01
 
 
 def environment() -> Environment:
@@ -86,7 +90,20 @@ def environment() -> Environment:
         or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
         or None,
         actor=os.environ.get("DURABLE_ACTOR") or None,
+        trace_sample=_part("DURABLE_TRACE_SAMPLE", default=0.01),
     )
+
+
+def _part(variable: str, *, default: float) -> float:
+    """A number from 0 to 1. Raises ConfigurationError."""
+    said = os.environ.get(variable)
+    try:
+        part = default if not said else float(said)
+    except ValueError:
+        part = -1.0
+    if not 0 <= part <= 1:
+        raise ConfigurationError(f"{variable}={said}: it is a part of all, from 0 to 1, such as 0.01")
+    return part
 
 
 def checked_name(what: str, name: str) -> str:

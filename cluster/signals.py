@@ -13,6 +13,7 @@ from durable_cluster.decoding import decoder_of, sentence
 from durable_cluster.envelope import NOT_AN_ENVELOPE, SEQ_MAX, Envelope, encode
 from durable_cluster.errors import InputError
 from durable_cluster.settings import NAME_PATTERN
+from durable_cluster.upcasts import Upcasts
 
 SIGNAL = "@signal"
 CANCEL = "@cancel"
@@ -34,11 +35,11 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"<Signal '{self.name}' of {self.at:%Y-%m-%d %H:%M:%S}>"
 
-    def payload_as(self, type_: type[T]) -> T:
-        """The payload as ``type_``. Raises InputError naming the path of what does not fit."""
-        encoded = encode(self.payload)
+    def payload_as(self, type_: type[T], upcasts: Upcasts | None = None) -> T:
+        """The payload as ``type_``; ``upcasts``: of the app. Raises InputError naming the path of what does not fit."""
+        encoded, decoder = encode(self.payload), decoder_of(type_, f"the type of signal '{self.name}'")
         try:
-            typed: T = decoder_of(type_, f"the type of signal '{self.name}'").decode(encoded)
+            typed: T = decoder.decode(encoded) if upcasts is None else upcasts.decoded(decoder, encoded)
         except msgspec.ValidationError as error:
             raise InputError(f"the payload of signal '{self.name}' does not fit: {sentence(error, encoded)}") from error
         return typed

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeAlias
 
 import msgspec
 import psycopg
 from psycopg.rows import tuple_row
 
 from durable_cluster.errors import translated
+from durable_cluster.transactions import AwaitedCursor, Joined
 
-Connection = psycopg.Connection[Any]
+Connection: TypeAlias = "psycopg.Connection[Any] | Joined"
+"""One of our own, or a caller's whose transaction is joined."""
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -49,9 +51,11 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     due: str | None = None
 
 
-def plain_cursor(connection: Connection) -> psycopg.Cursor[tuple[Any, ...]]:
-    """A plain cursor, whatever rows and cursors the connection's owner prefers: it may be the caller's own."""
-    return psycopg.Cursor(connection, row_factory=tuple_row)
+def plain_cursor(connection: Connection) -> psycopg.Cursor[tuple[Any, ...]] | AwaitedCursor:
+    """A cursor that gives tuples, whatever rows and cursors the connection's owner prefers."""
+    if isinstance(connection, psycopg.Connection):
+        return psycopg.Cursor(connection, row_factory=tuple_row)
+    return connection.cursor()
 
 
 def start(
@@ -64,20 +68,16 @@ def start(
     key: str | None,
     begin: timedelta | datetime | None = None,
     attributes: str | None = None,
+    priority: float = 1,
 ) -> tuple[str, bool]:
-    """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``.
+    """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``, by one statement.
 
     ``begin``: when its first step is delivered: after how long, or at what time of the database's clock. ``attributes``: JSON.
     """
+    call = f"select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s, {_after(begin)}, %s)"
+    values = (workflow, version, step, payload, key, begin, attributes)
     with translated():
-        row = (
-            plain_cursor(tx)
-            .execute(
-                f"select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s, {_after(begin)}, %s)",
-                (workflow, version, step, payload, key, begin, attributes),
-            )
-            .fetchone()
-        )
+        row = _started(tx, call, values, priority).fetchone()
     assert row is not None
     return row[0], row[1]
 
@@ -92,17 +92,26 @@ def start_many(
     keys: Sequence[str] | None,
     begin: timedelta | datetime | None = None,
     attributes: Sequence[str] | None = None,
+    priority: float = 1,
 ) -> list[tuple[str, bool]]:
     """As ``start`` for many payloads, in their order. ``attributes``: one for each, or one for all."""
+    call = f"select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s, {_after(begin)}, %s)"
+    values = (workflow, version, step, "\n".join(payloads), _lines(keys), begin, _lines(attributes))
     with translated():
-        return (
-            plain_cursor(tx)
-            .execute(
-                f"select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s, {_after(begin)}, %s)",
-                (workflow, version, step, "\n".join(payloads), _lines(keys), begin, _lines(attributes)),
-            )
-            .fetchall()
-        )
+        return [(row[0], row[1]) for row in _started(tx, call, values, priority).fetchall()]
+
+
+def _started(
+    tx: Connection, call: LiteralString, values: tuple[object, ...], priority: float
+) -> psycopg.Cursor[tuple[Any, ...]] | AwaitedCursor:
+    """Start, and give what is new its priority, in one statement: psycopg's ``transaction()`` would commit one that it begins."""
+    if priority == 1:
+        return plain_cursor(tx).execute(call, values)
+    return plain_cursor(tx).execute(
+        f"with s(id, is_new) as materialized ({call}) select id, is_new,"
+        " (select durable.set_priority(string_agg(id, E'\n') filter (where is_new), %s) from s) from s",
+        (*values, priority),
+    )
 
 
 def _lines(values: Sequence[str] | None) -> str | None:
@@ -277,13 +286,9 @@ def _columns(outcomes: Sequence[Outcome]) -> tuple[str | None, str | None, str |
     """Terminal records as four texts, one a line each; nothing for none."""
     if not outcomes:
         return None, None, None, None
-    memos = [o.memo for o in outcomes]
-    return (
-        "\n".join([o.workflow_id for o in outcomes]),
-        "\n".join([o.status for o in outcomes]),
-        "\n".join([o.output for o in outcomes]),
-        "\n".join(memos) if any(memos) else None,
-    )
+    ids, statuses = [one.workflow_id for one in outcomes], [one.status for one in outcomes]
+    outputs, memos = [one.output for one in outcomes], [one.memo for one in outcomes]
+    return "\n".join(ids), "\n".join(statuses), "\n".join(outputs), "\n".join(memos) if any(memos) else None
 
 
 def join_shard(connection: Connection, shard: int, member: str) -> None:

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
-import psycopg
 
 from durable_cluster.client import Handle
 from durable_cluster.durations import Duration
 from durable_cluster.handles import ChildHandle, WorkflowHandle, spawned
 from durable_cluster.machine import Machine
 from durable_cluster.notes import Attributes
+from durable_cluster.transactions import Transaction
 
 In = TypeVar("In")
 R = TypeVar("R")
+
+
+class Shared(TypedDict, total=False):
+    """What may be said of one start and of many; see ``Machine.start``."""
+
+    after: Duration | None
+    at: datetime | None
+    priority: float
+    tx: Transaction | None
+
+
+class Beginning(Shared, total=False):
+    """What may be said of a start."""
+
+    key: str | None
+    attributes: Attributes | None
+
+
+class Beginnings(Shared, total=False):
+    """What may be said of many."""
+
+    keys: Sequence[str] | None
+    attributes: Attributes | Sequence[Attributes | None] | None
 
 
 class TypedMachine(Machine, Generic[In, R]):
@@ -25,53 +48,38 @@ class TypedMachine(Machine, Generic[In, R]):
     returned: msgspec.json.Decoder[Any]
 
     @overload
-    def start(
-        self: TypedMachine[None, R],
-        value: None = None,
-        *,
-        key: str | None = None,
-        after: Duration | None = None,
-        at: datetime | None = None,
-        priority: float = 1,
-        attributes: Attributes | None = None,
-        tx: psycopg.Connection[Any] | None = None,
-    ) -> WorkflowHandle[R]: ...
+    def start(self: TypedMachine[None, R], value: None = None, **how: Unpack[Beginning]) -> WorkflowHandle[R]: ...
     @overload
-    def start(
-        self,
-        value: In,
-        *,
-        key: str | None = None,
-        after: Duration | None = None,
-        at: datetime | None = None,
-        priority: float = 1,
-        attributes: Attributes | None = None,
-        tx: psycopg.Connection[Any] | None = None,
-    ) -> WorkflowHandle[R]: ...
+    def start(self, value: In, **how: Unpack[Beginning]) -> WorkflowHandle[R]: ...
     def start(self, value: Any = None, **how: Any) -> WorkflowHandle[R]:
         """Start it with ``value``; see ``Machine.start``. The handle's ``result()`` is of the type that the function returns."""
         return self._typed(super().start(value, **how))
 
-    def start_many(
-        self,
-        values: Sequence[In],
-        *,
-        keys: Sequence[str] | None = None,
-        after: Duration | None = None,
-        at: datetime | None = None,
-        priority: float = 1,
-        attributes: Attributes | Sequence[Attributes | None] | None = None,
-        tx: psycopg.Connection[Any] | None = None,
-    ) -> Sequence[WorkflowHandle[R]]:
+    def start_many(self, values: Sequence[In], **how: Unpack[Beginnings]) -> Sequence[WorkflowHandle[R]]:
         """Start one for each value; see ``Machine.start_many``."""
-        started = super().start_many(
-            values, keys=keys, after=after, at=at, priority=priority, attributes=attributes, tx=tx
-        )
-        return [self._typed(handle) for handle in started]
+        return [self._typed(handle) for handle in super().start_many(values, **how)]
 
     def get(self, *, key: str) -> WorkflowHandle[R]:
         """The one that was started with ``key``. Raises UnknownWorkflow."""
         return self._typed(super().get(key=key))
+
+    @overload
+    async def start_async(
+        self: TypedMachine[None, R], value: None = None, **how: Unpack[Beginning]
+    ) -> WorkflowHandle[R]: ...
+    @overload
+    async def start_async(self, value: In, **how: Unpack[Beginning]) -> WorkflowHandle[R]: ...
+    async def start_async(self, value: Any = None, **how: Any) -> WorkflowHandle[R]:
+        """As ``start``, without blocking the event loop; see ``Machine.start_async``."""
+        return self._typed(await super().start_async(value, **how))
+
+    async def start_many_async(self, values: Sequence[In], **how: Unpack[Beginnings]) -> Sequence[WorkflowHandle[R]]:
+        """As ``start_many``, without blocking the event loop; see ``Machine.start_many_async``."""
+        return [self._typed(handle) for handle in await super().start_many_async(values, **how)]
+
+    async def get_async(self, *, key: str) -> WorkflowHandle[R]:
+        """As ``get``, without blocking the event loop."""
+        return self._typed(await super().get_async(key=key))
 
     @overload
     def spawn(
@@ -92,7 +100,10 @@ class TypedMachine(Machine, Generic[In, R]):
 
         Raises InputError.
         """
-        return spawned(self.child(value, after=after, attributes=attributes), self.returned)
+        return spawned(self.child(value, after=after, attributes=attributes), self._read)
 
     def _typed(self, handle: Handle) -> WorkflowHandle[R]:
-        return WorkflowHandle(self.app.client, self.name, handle.id, self.returned)
+        return WorkflowHandle(self.app.client, self.name, handle.id, self._read)
+
+    def _read(self, output: bytes) -> Any:
+        return self.app.upcasts.decoded(self.returned, output)

@@ -70,16 +70,16 @@ def continuation(ctx: Context, execution: Execution, children: tuple[Child, ...]
         return Stuck(goto(None), nothing)
     signals = [one.command for one in pending if type(one.command) is SignalWait]
     of_children = [one for one in pending if type(one.command) is ChildrenWait]
-    if signals and of_children:
-        both = HandlerError(f"workflow '{execution.workflow.name}' waits for signals and for children at once")
-        return Stuck(goto(None), both)
     if children and not _is_of_all(execution, of_children):
         return Spawn(children, goto(None), keeps_group=True)
     first, timeout_s = _first_due(execution, pending)
     then = goto(None if first is None else Asked(first.key))
+    names = tuple(dict.fromkeys(name for one in signals for name in one.names))
+    token = next((one.token for one in signals if one.token is not None), None)
     if of_children:
-        return _joined(ctx, execution, of_children, children, Join((), then, then, timeout_s, keeps_group=True))
-    return _waited(signals, then, timeout_s) if signals else Sleep(timeout_s or 0.0, then)
+        join = Join((), then, then, timeout_s, keeps_group=True, names=names, token_seq=token)
+        return _joined(ctx, execution, of_children, children, join)
+    return Wait(names, then, then, timeout_s, token is not None, token) if signals else Sleep(timeout_s or 0.0, then)
 
 
 def _is_of_all(execution: Execution, waiting: Sequence[Pending]) -> bool:
@@ -97,12 +97,6 @@ def _first_due(execution: Execution, pending: Sequence[Pending]) -> tuple[Pendin
         return None, None
     at, timeout_s, first = min(due, key=lambda one: one[0])
     return first, max(0.0, timeout_s if first.turn == execution.turn else at - execution.now())
-
-
-def _waited(signals: Sequence[SignalWait], then: Goto, timeout_s: float | None) -> Wait:
-    names = tuple(dict.fromkeys(name for one in signals for name in one.names))
-    token = next((one.token for one in signals if one.token is not None), None)
-    return Wait(names, then, then, timeout_s, token is not None, token)
 
 
 def _joined(

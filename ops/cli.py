@@ -26,6 +26,7 @@ from durable_cluster.ops import (
     pause,
     priority,
     psql,
+    reload,
     replay,
     run,
     running,
@@ -75,6 +76,7 @@ def _dispatch(words: Sequence[str]) -> int:
         return psql.psql(Target(options.dsn, options.data), rest[rest[:1] == ["--"] :])
     if rest:
         raise BadUsage(f"unrecognized arguments: {' '.join(rest)}; see '{PROGRAM} {options.command} --help'")
+    options.words = words
     code = COMMANDS[options.command](Terminal(is_json=options.json), Target(options.dsn, options.data), options)
     sys.stdout.flush()
     return code
@@ -106,6 +108,14 @@ def _signal(terminal: Terminal, target: Target, options: argparse.Namespace) -> 
 
 
 def _start(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    if options.reload or options.reload_dir:
+        return reload.start(
+            terminal,
+            target,
+            words=options.words,
+            app_address=options.app or start.EXAMPLES,
+            directories=options.reload_dir,
+        )
     return start.start(
         terminal,
         target,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import msgspec
+import psycopg
 
 from durable_cluster import coordination, schema
 from durable_cluster.context import short_id
 from durable_cluster.ops.show import checked_prefix, whole_id
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal
-from durable_cluster.statements import Connection
 
 
 class Paused(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +55,7 @@ def resume(terminal: Terminal, target: Target, options: argparse.Namespace) -> i
     return 0
 
 
-def _meant(connection: Connection, options: argparse.Namespace) -> tuple[str, str]:
+def _meant(connection: psycopg.Connection[Any], options: argparse.Namespace) -> tuple[str, str]:
     given = [of for of in (options.id, options.workflow, options.shard) if of is not None]
     if len(given) != 1:
         raise BadUsage("name one thing: the ID of a workflow, --workflow NAME for all of a type, or --shard N")

@@ -37,6 +37,7 @@ from durable_cluster.shards.messages import (
     encode,
 )
 from durable_cluster.shards.watchdog import Watchdog, end_hanging
+from durable_cluster.telemetry import Tracing
 
 logger = logging.getLogger("durable_cluster.child")
 
@@ -130,7 +131,7 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
     try:
         tracing = telemetry.configure("consumer" if shard is not None else "maintenance")
         run = _booted(
-            lambda: _consumer(config, shard, orders) if shard is not None else _maintenance(config, orders),
+            lambda: _consumer(config, shard, orders, tracing) if shard is not None else _maintenance(config, orders),
             orders,
             limit_s=config.settings.boot_timeout_s * PATIENCE_OF_BOOT,
         )
@@ -169,10 +170,10 @@ def _dies_with(supervisor_pid: int) -> bool:
     return os.getppid() == supervisor_pid
 
 
-def _consumer(config: ClusterConfig, shard: int, orders: Orders) -> Callable[[], None]:
+def _consumer(config: ClusterConfig, shard: int, orders: Orders, tracing: Tracing | None) -> Callable[[], None]:
     app = load_app(config.app)
     app.client.use(config.dsn)
-    consumer = Consumer(config.dsn, shard, app.machines, config.settings, on_hang=end_hanging)
+    consumer = Consumer(config.dsn, shard, app.machines, config.settings, on_hang=end_hanging, tracing=tracing)
     orders.say(Ready(consumer.owner))
 
     def look() -> None:

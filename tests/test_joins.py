@@ -27,7 +27,7 @@ from durable_cluster import (
 )
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.joins import CHILDREN_MAX, Child, Joining, Spawning
-from durable_cluster.signals import Cancel
+from durable_cluster.signals import Cancel, Delivery
 
 Connection = psycopg.Connection[Any]
 
@@ -464,3 +464,40 @@ def test_children_of_a_live_parent_outlive_their_retention(
     for _ in range(70):
         conn.execute("select durable.expire(30)")
     assert one(conn, "select (select count(*) from durable.started) + (select count(*) from durable.fanout)") == 0
+
+
+def deliver(handle: Handle) -> Callable[[Connection], None]:
+    line = envelope_of(handle.id, 1, "@signal", "stop")
+    event = '{"name":"stop","payload":null,"actor":null,"at":"2026-01-01T00:00:00+00:00"}'
+    return lambda tx: side_statements.deliver(tx, [Delivery(line, event, "", None)]) and None
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+@pytest.mark.parametrize("is_signal_first", [True, False])
+def test_a_signal_and_the_last_child_resume_a_parent_that_waits_for_both_once(
+    app: App, conn: Connection, dsn: str, eventually: Callable[..., None], is_signal_first: bool, is_waiting: bool
+) -> None:
+    """The one of the two that comes second, or first, meets the other; or a signal meets the beginning of the wait."""
+    handle = app.named("parent").start({})
+    with conn.transaction():
+        spawn(handle)(conn)
+    (child,) = ids_of(conn, handle)
+    next_ = envelope_of(handle.id, 3, "parent", "collect")
+    joining = Joining(next_, next_, 2, (), None, None, None, False, names=("stop",))
+
+    def wait(tx: Connection) -> None:
+        coordination.await_children(tx, [joining])
+
+    if is_waiting:
+        with conn.transaction():
+            wait(conn)
+    acts = [deliver(handle), (lambda tx: end(tx, child)) if is_waiting else wait]
+    at_once(conn, dsn, eventually, *(acts if is_signal_first else reversed(acts)))
+    if not is_waiting:
+        with conn.transaction():
+            end(conn, child)
+    assert resumptions(conn, handle) == 1
+    assert one(conn, "select count(*) from durable.wait") == 0
+    assert one(conn, "select completed from durable.fanout") == 1
+    is_kept = is_waiting and not is_signal_first
+    assert one(conn, "select count(*) from durable.mailbox") == is_kept, "a signal that came too late is kept for later"

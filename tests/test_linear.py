@@ -609,6 +609,71 @@ def test_children_are_awaited_one_by_one_in_any_order_or_together(app: App) -> N
     assert seen[4:] == [5, [1, 2]]
 
 
+def test_signals_and_children_are_awaited_at_once(app: App, clock: Callable[[float], None]) -> None:
+    @app.workflow
+    async def child(n: int) -> str:
+        await sleep(3_600.0 * n)
+        return f"child {n}"
+
+    @app.step
+    def note(what: str) -> str:
+        return what
+
+    @app.workflow
+    async def parent(n: int) -> list[Any]:
+        kept = child.spawn(n)
+        word = await first(kept.wait(), wait_for("stop", str))
+        await note(word)
+        try:
+            async with asyncio.timeout(7_200):
+                late = await first(kept.wait(), wait_for("again", str))
+        except TimeoutError:
+            late = "too late"
+        return [word, late]
+
+    early, later, ended, never = (parent.start(n) for n in (24, 24, 1, 24))
+    early.signal("stop", "early")
+    early.signal("again", "at once")
+    app.run(until_idle=True)
+    assert early.result(timeout=1) == ["early", "at once"]
+    for handle in (later, never):
+        handle.signal("stop", "later")
+    app.run(until_idle=True)
+    clock(3_700)
+    app.run(until_idle=True)
+    assert ended.result(timeout=1) == ["child 1", "child 1"]
+    assert [later.status(), never.status()] == ["running", "running"]
+    later.signal("again", "once more")
+    assert ran(app, later) == ["later", "once more"]
+    clock(7_300)
+    assert ran(app, never) == ["later", "too late"]
+
+
+def test_a_signal_with_a_token_counts_beside_children(app: App) -> None:
+    tokens: list[str] = []
+
+    @app.workflow
+    async def child(n: int) -> str:
+        await wait_for("never")
+        return "never"
+
+    @app.step
+    def ask(ctx: Context) -> None:
+        tokens.append(ctx.token)
+
+    @app.workflow
+    async def parent() -> str:
+        await ask()
+        return await first(child.spawn(1).wait(), wait_for("approved", str, require_token=True))
+
+    handle = parent.start()
+    app.run(until_idle=True)
+    with pytest.raises(Exception, match="token"):
+        handle.signal("approved", "nobody")
+    handle.signal("approved", "ada", token=tokens[0])
+    assert ran(app, handle) == "ada"
+
+
 def test_two_thousand_children_are_spawned_in_waves(app: App) -> None:
     @app.workflow
     async def child(n: int) -> int:
@@ -702,6 +767,63 @@ def test_what_is_not_the_same_again_is_recorded(app: App) -> None:
     result = ran(app, odds.start())
     assert all(one == result for one in made[1:])
     assert result[3] == 1
+
+
+def test_a_side_effect_is_of_the_type_that_its_function_returns(app: App) -> None:
+    def line() -> Line:
+        return Line("tea", 1)
+
+    @app.step
+    def nothing() -> None:
+        pass
+
+    @app.workflow
+    async def work() -> str:
+        made = side_effect(line)
+        await nothing()
+        return made.article
+
+    assert ran(app, work.start()) == "tea"
+
+
+def test_a_line_is_logged_once_by_a_truncated_id_however_often_the_function_is_entered(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.step(retry=TWICE)
+    async def charge(ctx: Context, n: int) -> int:
+        ctx.logger.info("charging %s", n, extra={"cents": n})
+        if ctx.attempt == 1:
+            raise ValueError("not yet")
+        return n
+
+    @app.workflow
+    async def work(n: int) -> int:
+        current().logger.info("run %s begins", n)
+        await charge(n)
+        current().logger.warning("charged")
+        await gather(charge(10), charge(20))
+        current().logger.info("again")
+        if n == 1:
+            continue_as_new(2)
+        return n
+
+    caplog.set_level("INFO", logger="durable_cluster.workflow.work")
+    handle = work.start(1)
+    assert ran(app, handle) == 2
+    short = handle.id[:12]
+    said = [record.getMessage() for record in caplog.records if record.name == "durable_cluster.workflow.work"]
+    lines = [text for text in said if text.startswith(f"{short}…: ")]
+    assert [text.partition(": ")[2] for text in lines] == [
+        *("run 1 begins", "charged", "again"),
+        *("run 2 begins", "charged", "again"),
+    ]
+    assert said.count(f"{short}… charge: charging 1") == said.count(f"{short}… charge: charging 2") == 2
+    steps = [record for record in caplog.records if getattr(record, "step", None) == "charge"]
+    assert {(record.workflow, record.workflow_id, record.attempt, record.cents) for record in steps} >= {
+        ("work", short, 1, 1),
+        ("work", short, 2, 1),
+    }
+    assert handle.id not in caplog.text
 
 
 def test_a_loop_carries_its_state_alone_and_can_be_left(app: App, conn: psycopg.Connection[Any]) -> None:

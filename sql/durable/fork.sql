@@ -20,7 +20,8 @@ declare
 begin
     perform durable.checked_label('actor', i_actor, 255);
     if i_at is null then
-        return durable.start_from(v_first, 'fork', v_type.step, coalesce(v_input, v_first.input), coalesce(v_input, v_first.input), '', i_actor);
+        v_input := coalesce(v_input, v_first.input);
+        return durable.start_from(v_first, 'fork', v_type.version, v_type.step, v_input, v_input, '', i_actor);
     elsif v_type.step = 'workflow.start' then
         return durable.fork_linear(v_first, i_at, v_input, i_actor);
     end if;
@@ -66,13 +67,13 @@ begin
                 using errcode = 'DC006';
         end if;
     end if;
-    v_id := durable.start_from(i_first, 'fork', i_at, v_state, case when i_at = i_type.step then v_state else i_first.input end, v_more, i_actor);
+    v_id := durable.start_from(i_first, 'fork', i_type.version, i_at, v_state, case when i_at = i_type.step then v_state else i_first.input end, v_more, i_actor);
     perform durable.copy_children(i_first.id, v_id, v_children);
     return v_id;
 end
 $$;
 
--- durable.fork_linear(…): with all that was recorded before an await.
+-- durable.fork_linear(…): with all that was recorded before an await, and so of the version whose code came that way.
 create or replace function durable.fork_linear(i_first durable.started, i_at text, i_input text, i_actor text) returns uuid
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
@@ -114,7 +115,7 @@ begin
         end if;
     end if;
     v_carried := durable.with_entries(v_carried, v_entries[:v_cut - 1]);
-    v_id := durable.start_from(i_first, 'fork', 'workflow.resume', durable.unveiled((
+    v_id := durable.start_from(i_first, 'fork', i_first.version, 'workflow.resume', durable.unveiled((
             select '{' || string_agg(to_json(e.key) || ':'
                     || case when e.key = 'i' and i_input is not null then durable.veiled(i_input) else e.value::text end, ',' order by e.o)
                 || ',"o":true' || case when v_children > 0 then ',"k":' || v_children else '' end || '}'

@@ -108,51 +108,76 @@ $$;
 --   i_lines          that step; i_timeout_lines: the step when the delay in milliseconds is over; no delay: nothing
 --   i_needed, i_tolerances, i_cancels_rest  see durable.fanout; nothing: null, null, false
 --   i_cleanups       what marks a cleanup
--- A cancelled parent does not wait, nor does one whose children have ended. Tables: fanout, wait (a row each), timers, the logs.
+--   i_names, i_tokens  signals that resume it too, as in durable.await_signals; nothing: none
+-- A cancelled parent does not wait, nor does one whose children have ended, or for which a signal is there already.
+-- Tables: fanout, wait (a row each), mailbox, used_token, timers, the logs, audit.
 create or replace function durable.await_children(i_ids text, i_seqs text, i_lines text, i_timeout_lines text, i_delays_ms text,
-    i_needed text, i_tolerances text, i_cancels_rest text, i_cleanups text) returns void
+    i_needed text, i_tolerances text, i_cancels_rest text, i_cleanups text, i_names text default '', i_tokens text default '')
+    returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_ids uuid[] := string_to_array(i_ids, E'\n');
     v_now timestamptz := durable.timer_now();
-    v_refused uuid[];
-    v_refused_lines text[];
+    v_going_on uuid[];
+    v_lines text[];
+    v_new record;
+    v_mail durable.mailbox;
+    v_resumed uuid[] := '{}';
+    v_resumed_by jsonb[] := '{}';
     v_timed_ids uuid[];
     v_timed_seqs int[];
     v_delays_ms float8[];
 begin
     perform durable.lock_stripes(v_ids);
-    select coalesce(array_agg(q.id), '{}'), array_agg(q.line) into v_refused, v_refused_lines
+    select coalesce(array_agg(q.id), '{}'), coalesce(array_agg(q.line), '{}') into v_going_on, v_lines
     from rows from (unnest(v_ids), string_to_table(i_lines, E'\n'), string_to_table(i_cleanups, E'\n')) q(id, line, cleanup)
     where coalesce(q.cleanup, '') = '' and exists (select from durable.cancelled c where c.id = q.id);
+    for v_new in
+        select q.id, q.line, string_to_array(q.names, ',') as names, nullif(q.token, '')::int as token_seq
+        from rows from (unnest(v_ids), string_to_table(i_lines, E'\n'), string_to_table(i_names, E'\n'), string_to_table(i_tokens, E'\n'))
+            q(id, line, names, token)
+        where q.names <> '' and q.id <> all (v_going_on)
+        order by q.id
+    loop
+        v_mail := durable.take_mail(v_new.id, v_new.names, v_new.token_seq);
+        if v_mail.id is not null then
+            v_going_on := v_going_on || v_new.id;
+            v_lines := v_lines || durable.with_event(v_new.line, v_mail.event);
+            v_resumed := v_resumed || v_new.id;
+            v_resumed_by := v_resumed_by || jsonb_build_object('signal', v_mail.name);
+        end if;
+    end loop;
     insert into durable.fanout (id, day, seq, total)
-    select distinct q.id, durable.today(), 0, 0 from unnest(v_ids) q(id) where q.id <> all (v_refused) order by 1
+    select distinct q.id, durable.today(), 0, 0 from unnest(v_ids) q(id) where q.id <> all (v_going_on) order by 1
     on conflict do nothing;
     perform durable.lock_groups(v_ids);
     with waits as (
         select distinct on (q.id) q.id, q.seq::int, q.line, q.timeout_line, nullif(q.delay_ms, '')::float8 as delay_ms,
-            nullif(q.needed, '')::int as needed, nullif(q.tolerance, '')::int as tolerance, coalesce(q.cancels_rest, '') <> '' as cancels_rest
+            nullif(q.needed, '')::int as needed, nullif(q.tolerance, '')::int as tolerance, coalesce(q.cancels_rest, '') <> '' as cancels_rest,
+            coalesce(string_to_array(q.names, ','), '{}') as names, nullif(q.token, '')::int as token_seq
         from rows from (unnest(v_ids), string_to_table(i_seqs, E'\n'), string_to_table(i_lines, E'\n'),
             string_to_table(i_timeout_lines, E'\n'), string_to_table(i_delays_ms, E'\n'), string_to_table(i_needed, E'\n'),
-            string_to_table(i_tolerances, E'\n'), string_to_table(i_cancels_rest, E'\n'))
-            q(id, seq, line, timeout_line, delay_ms, needed, tolerance, cancels_rest)
-        where q.id <> all (v_refused)
+            string_to_table(i_tolerances, E'\n'), string_to_table(i_cancels_rest, E'\n'), string_to_table(i_names, E'\n'),
+            string_to_table(i_tokens, E'\n'))
+            q(id, seq, line, timeout_line, delay_ms, needed, tolerance, cancels_rest, names, token)
+        where q.id <> all (v_going_on)
     ), groups as (
         update durable.fanout f
         set wait_seq = w.seq, needed = w.needed, tolerance = w.tolerance, cancels_rest = w.cancels_rest
         from waits w where f.id = w.id
     ), rows as (
-        insert into durable.wait (id, seq, line, due, since, names, signal_line)
-        select w.id, w.seq, w.timeout_line, coalesce(v_now + make_interval(secs => w.delay_ms / 1000), 'infinity'), durable.now(), '{}',
-            nullif(w.line, w.timeout_line)
+        insert into durable.wait (id, seq, line, due, since, names, signal_line, token_seq)
+        select w.id, w.seq, w.timeout_line, coalesce(v_now + make_interval(secs => w.delay_ms / 1000), 'infinity'), durable.now(), w.names,
+            nullif(w.line, w.timeout_line), w.token_seq
         from waits w
         on conflict do nothing
     )
     select array_agg(w.id), array_agg(w.seq), array_agg(w.delay_ms) into v_timed_ids, v_timed_seqs, v_delays_ms
     from waits w where w.delay_ms is not null;
-    perform durable.append_lines(v_refused, v_refused_lines);
+    perform durable.append_lines(v_going_on, v_lines);
+    perform durable.record('resume', v_resumed, null, v_resumed_by);
     if v_timed_ids is not null then
         perform durable.set_timers(v_timed_ids, v_timed_seqs, array_fill(null::text, array[cardinality(v_timed_ids)]), v_delays_ms);
     end if;

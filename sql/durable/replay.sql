@@ -18,22 +18,22 @@ begin
 end
 $$;
 
--- durable.start_from(origin, what, step, state, input, more, actor): a new workflow of the kind that this row started, with its attributes and no
--- key. Its first step event is that step with that state, and more fields if there are any. Tables: started, attribute, the shard's log, audit.
-create or replace function durable.start_from(i_origin durable.started, i_what text, i_step text, i_state text, i_input text, i_more text,
-    i_actor text) returns uuid
+-- durable.start_from(origin, what, version, step, state, input, more, actor): a new workflow of the kind that this row started, with its attributes
+-- and no key. Its first step event is that step with that state, and more fields if there are any.
+-- Tables: started, attribute, the shard's log, audit.
+create or replace function durable.start_from(i_origin durable.started, i_what text, i_version int, i_step text, i_state text, i_input text,
+    i_more text, i_actor text) returns uuid
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_id uuid := durable.new_id();
-    v_version int := (durable.type_of(i_origin.workflow)).version;
 begin
     insert into durable.started (id, day, workflow, version, input, at, origin)
-    values (v_id, durable.day_of(v_id), i_origin.workflow, v_version, i_input, durable.now(), i_origin.id);
+    values (v_id, durable.day_of(v_id), i_origin.workflow, i_version, i_input, durable.now(), i_origin.id);
     insert into durable.attribute (id, attributes) select v_id, a.attributes from durable.attribute a where a.id = i_origin.id;
     perform durable.append_lines(array[v_id],
-        array[left(durable.line(v_id, 1, i_origin.workflow, i_step, v_version, i_state), -1) || i_more || '}']);
+        array[left(durable.line(v_id, 1, i_origin.workflow, i_step, i_version, i_state), -1) || i_more || '}']);
     perform durable.record(i_what, array[i_origin.id, v_id], i_actor, array[
         jsonb_build_object('to', durable.short(v_id)), jsonb_build_object('from', durable.short(i_origin.id), 'workflow', i_origin.workflow)]);
     return v_id;
@@ -62,7 +62,7 @@ begin
     end if;
     if v_step = 'workflow.start' then
         v_step := 'workflow.resume';
-        v_state := '{"i":' || i_first.input || coalesce(',"t":' || (durable.carried_in(v_line, null) ->> 't'), '') || '}';
+        v_state := '{"i":' || i_first.input || coalesce(',"t":' || (durable.carried_in(v_line, null) ->> 't'), '') || ',"o":true}';
     end if;
     delete from durable.fanout f where f.id = i_first.id;
     delete from durable.signal_key k where k.id = i_first.id;
@@ -112,13 +112,14 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_first durable.started := durable.demand_started(i_id);
+    v_type durable.workflow_type := durable.type_of(v_first.workflow);
     v_refusal text;
 begin
     perform durable.checked_label('actor', i_actor, 255);
     id := i_id;
     is_new := not durable.is_live(i_id);
     if is_new then
-        id := durable.start_from(v_first, 'replay', (durable.type_of(v_first.workflow)).step, v_first.input, v_first.input, '', i_actor);
+        id := durable.start_from(v_first, 'replay', v_type.version, v_type.step, v_first.input, v_first.input, '', i_actor);
         return;
     end if;
     v_refusal := durable.replay_refusal(i_id);

@@ -192,6 +192,28 @@ begin
 end
 $$;
 
+-- durable.take_mail(id, names, token_seq): takes the oldest signal of one of these names out of the mailbox, one that brings this
+-- token if there is one; nulls without any. Under the workflow's stripe. Tables: mailbox (a row deleted), used_token.
+create or replace function durable.take_mail(i_id uuid, i_names text[], i_token_seq int) returns durable.mailbox
+language plpgsql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_mail durable.mailbox;
+begin
+    delete from durable.mailbox m
+    where (m.id, m.number) = (
+        select b.id, b.number from durable.mailbox b
+        where b.id = i_id and b.name = any (i_names) and (i_token_seq is null or b.token_seq = i_token_seq)
+        order by b.number limit 1)
+    returning * into v_mail;
+    if found and i_token_seq is not null then
+        perform durable.use_token(i_id, i_token_seq);
+    end if;
+    return v_mail;
+end
+$$;
+
 -- durable.await_signals(ids, seqs, names, lines, timeout_lines, delays, tokens): waits of one page, in its transaction: each takes the
 -- oldest signal from the mailbox that it waits for and goes on, or becomes a row. One of each a line.
 --   i_names          the signals, with commas; i_lines: the step event that gets the signal
@@ -231,20 +253,12 @@ begin
             v_lines := v_lines || v_new.line;
             continue;
         end if;
-        delete from durable.mailbox m
-        where (m.id, m.number) = (
-            select b.id, b.number from durable.mailbox b
-            where b.id = v_new.id and b.name = any (v_new.names) and (v_new.token_seq is null or b.token_seq = v_new.token_seq)
-            order by b.number limit 1)
-        returning * into v_mail;
-        if found then
+        v_mail := durable.take_mail(v_new.id, v_new.names, v_new.token_seq);
+        if v_mail.id is not null then
             v_ids := v_ids || v_new.id;
             v_lines := v_lines || durable.with_event(v_new.line, v_mail.event);
             v_resumed := v_resumed || v_new.id;
             v_resumed_by := v_resumed_by || jsonb_build_object('signal', v_mail.name);
-            if v_new.token_seq is not null then
-                perform durable.use_token(v_new.id, v_new.token_seq);
-            end if;
             continue;
         end if;
         insert into durable.wait (id, seq, line, due, since, names, signal_line, token_seq)

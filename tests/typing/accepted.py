@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, assert_type
 
 import msgspec
+import psycopg
 
 from durable_cluster import (
     App,
@@ -185,3 +187,12 @@ async def outside_async() -> None:
     handle = fulfil.start(Order(1), priority=2)
     assert_type(await handle, Receipt)
     assert_type(await handle.wait(timeout=1), Receipt)
+    with psycopg.connect() as tx:
+        assert_type(fulfil.start(Order(1), tx=tx), WorkflowHandle[Receipt])
+    async with await psycopg.AsyncConnection[tuple[Any, ...]].connect() as joined:
+        assert_type(await fulfil.start_async(Order(1), key="a", tx=joined), WorkflowHandle[Receipt])
+        assert_type(await without_input.start_async(tx=joined), WorkflowHandle[int])
+        assert_type(await fulfil.start_many_async([Order(1)], tx=joined), Sequence[WorkflowHandle[Receipt]])
+        assert_type(await handle.cancel_async("gone", tx=joined), bool)
+    assert_type(await (await fulfil.get_async(key="a")), Receipt)
+    assert_type(await handle.status_async(), str)

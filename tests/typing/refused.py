@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import msgspec
 
 from durable_cluster import App, Context, compensation, gather, sleep, wait_for
@@ -72,6 +74,7 @@ def outside(ctx: Context) -> None:
     fulfil.start(Order(1), keys="a")  # error: reportCallIssue
     fulfil.start_many([1])  # error: reportArgumentType
     without_input.start(1)  # error: reportArgumentType, reportCallIssue
+    fulfil.start(Order(1), tx=sqlite3.connect(""))  # error: reportArgumentType
     number: int = fulfil.start(Order(1)).result()  # error: reportAssignmentType
     other.get(key="a").result().real()  # error: reportAttributeAccessIssue, reportUnknownMemberType
     charge(ctx, Order(number), cents=1)  # error: reportCallIssue
