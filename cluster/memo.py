@@ -59,7 +59,8 @@ class Carried(
 
     ``entries``: a JSON array of ``Entry``; ``instants``: what was recorded without a step, by key; ``patches``: the changes that
     this run has taken; ``spawned``: how many children were started; ``tokens``: how many waits with a token have begun;
-    ``run``: how often it was continued as new. ``is_forked``: it begins anew: of the instants only those count that the entries lead to.
+    ``run``: how often it was continued as new. ``is_forked``: a fork or a replay begins: of the instants only those count that
+    the entries lead to.
     """
 
     input: msgspec.Raw

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 import msgspec
 
@@ -131,5 +130,6 @@ def paths(connection: Connection, workflow_id: str, *, limit: int) -> list[tuple
 
 def may_see_values(connection: Connection) -> bool:
     """Whether this role is shown payloads."""
-    row: Any = connection.execute("select has_function_privilege('durable.history(uuid, int)', 'execute')").fetchone()
+    query = "select has_function_privilege('durable.history(uuid, int)', 'execute')"
+    row = plain_cursor(connection).execute(query).fetchone()
     return bool(row and row[0])

@@ -25,7 +25,8 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
 
     ``number``: from 1, in the order of their ends. ``path``: where in the code, and what was asked for ("3 charge", in branches
     "1.2 charge"): what ``fork`` takes. ``status``: 'completed', 'failed' (``error`` says why), 'cancelled' (from here on it
-    cleaned up), or 'open': here it stands; the path is "now" where it may wait for several. ``value``: plain JSON values; None for all others.
+    cleaned up), or 'open': here it stands; the path is "now" where it may wait for several. ``value``: plain JSON values; None for
+    all others.
     """
 
     number: int

@@ -98,7 +98,7 @@ def test_the_audit_is_switched_listed_and_exported(say: Say, dsn: str, monkeypat
     monkeypatch.setenv("DURABLE_ACTOR", "bob")
     whole = started(say)
     assert say("cancel", whole[:12], "--actor", "carl").code == 0
-    client = Client(dsn=dsn, data=None, encode_state=lambda *_: "")
+    client = Client(dsn=dsn, data=None, encode_state=lambda *_: "", encode_fork=lambda *_: "")
     with pytest.raises(UnknownWorkflow):
         Handle(client, "flow", "0" * 32).signal("go")
     client.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -255,12 +256,38 @@ def test_unknown_ids_and_types_are_refused(plain: App, did: Ran, conn: Connectio
     handle = kind.start(1)
     handle.cancel()
     plain.run(until_idle=True)
+    with pytest.raises(InputError, match="actor"):
+        handle.replay(actor="")
     conn.execute("delete from durable.workflow_type")
     for act in (handle.replay, handle.fork, handle.history):
         with pytest.raises(InvalidState, match="no code has run on this database that knows workflow 'order'"):
             act()
-    with pytest.raises(InputError, match="actor"):
-        handle.replay(actor="")
+
+
+def test_the_asynchronous_twins_do_the_same(plain: App, did: Ran) -> None:
+    first = orders(plain, did).start(3)
+    assert ran(plain, first)
+
+    async def all_three() -> tuple[Any, Any, Any]:
+        return await first.replay_async(), await first.fork_async("2 charge"), await first.history_async()
+
+    again, forked, recorded = asyncio.run(all_three())
+    plain.run(until_idle=True)
+    assert again.result(timeout=1) == forked.result(timeout=1) == "shipped, receipt for 30"
+    assert len(recorded) == 3
+
+
+def test_a_fork_is_of_the_version_whose_code_came_that_way(plain: App, did: Ran) -> None:
+    first = orders(plain, did).start(3)
+    assert ran(plain, first)
+
+    @plain.workflow(name="order", version=2)
+    async def newer(n: int) -> str:
+        return f"new {n}"
+
+    plain.run(until_idle=True)
+    assert ran(plain, first.fork("3 ship")) == "shipped, receipt for 30"
+    assert ran(plain, first.fork(input=4)) == ran(plain, first.replay()).replace("3", "4") == "new 4"
 
 
 def test_a_replay_in_a_transaction_stands_and_falls_with_it(plain: App, did: Ran, dsn: str) -> None:
