@@ -27,12 +27,14 @@ from durable_cluster.awaits import (
     wait_for,
 )
 from durable_cluster.client import Handle
+from durable_cluster.codec import Codec, Where
 from durable_cluster.context import Context, short_id
 from durable_cluster.continuation import Continuation
 from durable_cluster.errors import (
     AppError,
     BatchLost,
     ChildFailed,
+    CodecError,
     ConfigurationError,
     ConnectionFailed,
     DatabaseError,
@@ -75,6 +77,8 @@ __all__ = [
     "ChildFailed",
     "ChildHandle",
     "ChildResult",
+    "Codec",
+    "CodecError",
     "ConfigurationError",
     "ConnectionFailed",
     "Context",
@@ -107,6 +111,7 @@ __all__ = [
     "TerminalError",
     "Turn",
     "UnknownWorkflow",
+    "Where",
     "Workflow",
     "WorkflowCancelled",
     "WorkflowFailed",

@@ -12,6 +12,7 @@ import msgspec
 from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Client, Handle
 from durable_cluster.clock import Clock
+from durable_cluster.codec import Codec, Payloads, Where
 from durable_cluster.context import Context
 from durable_cluster.durations import Duration
 from durable_cluster.errors import AppError, UnknownWorkflow
@@ -46,13 +47,22 @@ class App:
     """The machines of one program, and the database they live in.
 
     ``dsn``: argument, else ``DURABLE_DSN``, else a local Postgres under ``data`` (``./.durable``), started when it is needed.
+    ``codec``: what payloads go through on their way into the database and out of it (see ``codec.Codec``); None: as they are.
+    Raises AppError.
     """
 
     def __init__(
-        self, name: str, *, dsn: str | None = None, data: Path | str | None = None, settings: Settings | None = None
+        self,
+        name: str,
+        *,
+        dsn: str | None = None,
+        data: Path | str | None = None,
+        settings: Settings | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.name = checked_name("app", name)
         self.settings = settings or Settings()
+        self.payloads = Payloads(codec, bytes_max=self.settings.payload_bytes_max)
         self.machines: dict[str, Machine] = {}
         self.steps: dict[str, StepFunction[..., Any]] = {}
         self.upcasts = Upcasts()
@@ -61,8 +71,13 @@ class App:
         self.schedules = Schedules(self)
         self.secret: bytes | None = None
         self.runs_alone = False
-        where = Path(data) if data else None
-        self.client = Client(dsn=dsn, data=where, encode_state=self.encoded_state, encode_fork=self.encoded_fork)
+        self.client = Client(
+            dsn=dsn,
+            data=Path(data) if data else None,
+            encode_state=self.encoded_state,
+            encode_fork=self.encoded_fork,
+            payloads=self.payloads,
+        )
 
     def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:
         """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type.
@@ -271,26 +286,32 @@ class App:
     get_async = asynchronous(get)
     list_async = asynchronous(list)
 
-    def encoded_state(self, workflow: str, step: str, value: Any) -> str:
-        """``value`` as JSON that fits the step; one that this app does not know takes any JSON. Raises InputError."""
+    def encoded_state(self, workflow: str, step: str, value: Any, where: Where) -> str:
+        """``value`` as the database gets it, if it fits the step; one that this app does not know takes any JSON.
+
+        Raises InputError, CodecError.
+        """
         machine = self.machines.get(workflow)
         known = machine.steps[step] if machine is not None and step in machine.steps else None
         decoder = known.decoder if known is not None else msgspec.json.Decoder(Any)
-        limit = self.settings.payload_bytes_max
-        encoded = encoded_input(value, decoder=decoder, what=f"the state of step '{step}'", bytes_max=limit)
+        what = f"the state of step '{step}'"
+        encoded = encoded_input(value, decoder=decoder, what=what)
         if machine is not None and known is not None:
             machine.demand_fitting(known, encoded)
-        return encoded.decode()
+        return self.payloads.fitting(encoded, where, what)
 
     def encoded_fork(self, workflow: str, at: str | None, value: Any) -> str:
         """``value`` as JSON that fits what a fork at ``at`` begins with. Raises InputError, AppError."""
         machine = self.machines.get(workflow)
-        return self.encoded_state(workflow, at or "" if machine is None else machine.fork_step(at), value)
+        step = at or "" if machine is None else machine.fork_step(at)
+        return self.encoded_state(workflow, step, value, Where(workflow, "input"))
 
     def run(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
         """Run this app's workflows here, in this process and thread: for scripts, debuggers and notebooks.
 
-        ``until_idle``: return when no step is ready; else run until ``timeout`` seconds have passed, or for ever. Steps run.
+        ``until_idle``: return when no step is ready, due within a minute, or held by a process that died, which others take up
+        ``dead_interval_s`` after it was last heard of; else run until ``timeout`` seconds have passed, or for ever. Gives how
+        many steps ran.
         A database without the schema gets it first when it is the local one; any other raises NotInstalled.
         """
         limit = None if timeout is None else timedelta(seconds=timeout)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
-from durable_cluster import executor, side_statements, statements
+from durable_cluster import dead_letters, executor, side_statements, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.context import short_id
 from durable_cluster.envelope import Envelope, decode_line, encode
@@ -146,7 +146,7 @@ class Aside:
 
     def _resolved(self, envelope: Envelope, crashes: int) -> Task | executor.Result | None:
         if crashes > self._settings.max_crashes:
-            return executor.crashed(envelope, crashes - 1)
+            return dead_letters.crashed(envelope, crashes - 1)
         return executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
 
     def _end_overdue(self) -> None:

@@ -17,20 +17,14 @@ import msgspec
 import psycopg
 
 from durable_cluster import coordination, schema, side_statements, statements
+from durable_cluster.answers import answer_of
 from durable_cluster.asynchronous import asynchronous, in_a_thread
+from durable_cluster.codec import Payloads, Where, state_of
 from durable_cluster.context import short_id
 from durable_cluster.database import CONNECTION_LOST, connect_client
 from durable_cluster.embedded import EmbeddedPostgres
 from durable_cluster.envelope import encode
-from durable_cluster.errors import (
-    ConnectionFailed,
-    InputError,
-    ResultTimeout,
-    UnknownWorkflow,
-    WorkflowCancelled,
-    WorkflowFailed,
-    WorkflowStuck,
-)
+from durable_cluster.errors import ConnectionFailed, InputError, ResultTimeout, UnknownWorkflow
 from durable_cluster.joins import ChildResult, Results
 from durable_cluster.notes import Attributes, encoded_attributes
 from durable_cluster.polling import pauses
@@ -40,16 +34,19 @@ from durable_cluster.statements import State
 from durable_cluster.transactions import Transaction, joined
 
 OUTAGE_S_MAX = 30.0
-Encode = Callable[[str, Any, Any], str]
+Encode = Callable[..., str]
 
 
 class Client:
-    """The connections of one App.
+    """The connections of one App, and its ``payloads``.
 
-    ``encode_state``, ``encode_fork``: a state for a step, and an input for a fork, as JSON that fits; see ``App``.
+    ``encode_state``, ``encode_fork``: a state for a step, an input for a fork, as the database gets it, if it fits; see ``App``.
     """
 
-    def __init__(self, *, dsn: str | None, data: Path | None, encode_state: Encode, encode_fork: Encode) -> None:
+    def __init__(
+        self, *, dsn: str | None, data: Path | None, encode_state: Encode, encode_fork: Encode, payloads: Payloads
+    ) -> None:
+        self.payloads = payloads
         self._dsn = dsn
         self._data = data
         self.encode_state = encode_state
@@ -176,7 +173,8 @@ class Client:
 
     def children(self, parent_id: str, first: int, limit: int) -> list[ChildResult]:
         """So many of the children that a workflow spawned last, from number ``first`` on."""
-        return coordination.children_of(self.connection(), [parent_id], first=first, limit=limit)[parent_id]
+        found = coordination.children_of(self.connection(), [parent_id], first=first, limit=limit)[parent_id]
+        return [self.payloads.child(child) for child in found]
 
     def close(self) -> None:
         """Close every connection of this process, then let go of the local Postgres."""
@@ -203,21 +201,24 @@ class Handle(Replayable):
         return f"<Handle {self.workflow} {short_id(self.id)}…>"
 
     def state(self) -> State:
-        """Status, times and output. Raises UnknownWorkflow, also while the starting transaction has not committed."""
-        state = statements.state_of(self._client.connection(), self.id)
-        if state is None:
-            raise UnknownWorkflow(f"no workflow with the id {short_id(self.id)}…")
-        return state
+        """Status, times and output. Raises UnknownWorkflow, also while the starting transaction has not committed; CodecError."""
+        state = self._state()
+        if state.output is None:
+            return state
+        held = msgspec.json.decode(state.output)
+        value = self._ended(state.status, held)
+        return state if value is held else msgspec.structs.replace(state, output=encode(value).decode())
 
     def status(self) -> str:
         """'running', 'stuck' (it has a dead letter), 'completed', 'failed' or 'cancelled'."""
-        return self.state().status
+        return self._state().status
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end, at most ``timeout`` seconds, and return the output (plain JSON values).
 
-        Raises WorkflowFailed, WorkflowCancelled, ResultTimeout, and WorkflowStuck while a dead letter stands for it. Reads only:
-        every 2 to 20 ms for the first second, then up to every 250 ms. A server that is away for less than 30 s is waited for.
+        Raises WorkflowFailed, WorkflowCancelled, ResultTimeout, WorkflowStuck while a dead letter stands for it, and CodecError for
+        an output that cannot be read here. Reads only: every 2 to 20 ms for the first second, then up to every 250 ms. A server
+        that is away for less than 30 s is waited for.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         for pause in pauses():
@@ -250,11 +251,11 @@ class Handle(Replayable):
         """Send a signal (``payload``: JSON) to the workflow, which waits for it now or later; with ``tx`` in that transaction.
 
         ``key``: of signals with one key the first counts. ``token``: what the wait demands, if it does. ``actor``: who sends it.
-        Raises UnknownWorkflow for a workflow that has ended, and for a wrong or used token; InputError.
+        Raises UnknownWorkflow for a workflow that has ended, and for a wrong or used token; InputError, CodecError.
         """
         checked_name("signal", name)
         try:
-            encoded = encode(payload)
+            encoded = self._client.payloads.coded(encode(payload), self._where("signal"))
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the payload of signal '{name}' is not JSON: {error}") from error
         where = self._client.joining(tx)
@@ -309,9 +310,11 @@ class Handle(Replayable):
         return found
 
     def progress(self) -> Any:
-        """What it last published with ``ctx.set_progress`` (plain JSON values); None if it never did."""
+        """What it last published with ``ctx.set_progress`` (plain JSON values); None if it never did. Raises CodecError."""
         published = side_statements.progress_of(self._client.connection(), self.id)
-        return None if published is None else msgspec.json.decode(published)
+        return (
+            None if published is None else self._client.payloads.value(msgspec.Raw(published), self._where("progress"))
+        )
 
     def children(self) -> Results:
         """The children that it spawned last, and what became of them."""
@@ -332,7 +335,8 @@ class Handle(Replayable):
         if known is None or known[0] != "stuck":
             raise UnknownWorkflow(f"workflow {short_id(self.id)}… ('{self.workflow}') has no dead letter to retry")
         letter = msgspec.json.decode(known[1])
-        payload = self._client.encode_state(self.workflow, letter["step"], state)
+        where = state_of(self.workflow, self.id, letter["seq"], letter["attempt"])
+        payload = self._client.encode_state(self.workflow, letter["step"], state, where)
         side_statements.retry_dead_letter(connection, self.id, state=payload, seq=letter["seq"])
 
     def __await__(self) -> Generator[Any, None, Any]:
@@ -349,6 +353,21 @@ class Handle(Replayable):
     pause_async = asynchronous(pause)
     resume_async = asynchronous(resume)
     retry_async = asynchronous(retry)
+
+    def _where(self, kind: str) -> Where:
+        return Where(self.workflow, kind, self.id)
+
+    def _state(self) -> State:
+        state = statements.state_of(self._client.connection(), self.id)
+        if state is None:
+            raise UnknownWorkflow(f"no workflow with the id {short_id(self.id)}…")
+        return state
+
+    def _ended(self, status: str, held: Any) -> Any:
+        return self._client.payloads.ended(self.workflow, self.id, status, held)
+
+    def _answer(self, status: str, output: str) -> Any:
+        return answer_of(self.workflow, self.id, status, self._ended(status, msgspec.json.decode(output)))
 
     def _outcome(self) -> tuple[str, str] | None:
         """Status and output, or None; also while the server is away, for so long as a restart or a failover may take."""
@@ -372,27 +391,3 @@ class Handle(Replayable):
                 f" see 'durable-cluster show {short_id(self.id)}'"
             )
         return min(pause, left)
-
-    def _answer(self, status: str, output: str) -> Any:
-        value = msgspec.json.decode(output)
-        if status == "completed":
-            return value
-        reason, step = value.get("reason", "unknown"), value.get("step", "?")
-        if status == "stuck":
-            raise WorkflowStuck(self._stuck(reason, step, value.get("attempt", 1)), reason=reason)
-        if status == "cancelled":
-            raise WorkflowCancelled(
-                f"workflow {short_id(self.id)}… ('{self.workflow}') was cancelled before step '{step}': {reason}",
-                reason=reason,
-            )
-        raise WorkflowFailed(
-            f"workflow {short_id(self.id)}… ('{self.workflow}') failed in step '{step}': {reason}", reason=reason
-        )
-
-    def _stuck(self, reason: str, step: str, attempts: int) -> str:
-        short = short_id(self.id)
-        return (
-            f"workflow {short}… ('{self.workflow}') is stuck in step '{step}' after {attempts}"
-            f" {'attempt' if attempts == 1 else 'attempts'}: {reason}; see 'durable-cluster dead-letters show {short}', retry it"
-            f" with 'durable-cluster dead-letters retry {short}'"
-        )

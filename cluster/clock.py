@@ -15,6 +15,10 @@ class Clock:
         """Seconds since 1970."""
         return time.time() + self._ahead_s
 
+    def real_s(self, duration_s: float) -> float:
+        """How long this process waits for so much of the clock's time, in seconds."""
+        return duration_s
+
     def seen(self, database_s: float) -> None:
         """The database's clock shows this, now."""
         self._ahead_s = database_s - time.time()

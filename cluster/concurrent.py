@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from asyncio import timeout
 from typing import Any
 
 import msgspec
@@ -47,6 +48,7 @@ class _Several:
         self.running: dict[str, asyncio.Task[Answered]] = {}
         self.said: list[msgspec.Raw] = []
         self.end: Continuation | None = None
+        self._alarms: dict[str, float] = {}
 
     async def run(self) -> None:
         self._take_up()
@@ -80,6 +82,10 @@ class _Several:
     def _begin(self) -> None:
         """Begin what it asks for now, and end what it no longer waits for."""
         waits = {one.key: one for one in self.execution.waits}
+        loop, now = asyncio.get_running_loop(), self.execution.now()
+        for key, pending in waits.items():
+            if type(pending.command) is Alarm:
+                self._alarms.setdefault(key, loop.time() + pending.command.due - now)
         for key in [key for key in self.running if key not in waits]:
             self.running.pop(key).cancel()
         for key, pending in waits.items():
@@ -121,12 +127,12 @@ class _Several:
             execution.close()
 
     def _over(self) -> list[Pending]:
-        now = self.execution.now()
-        return [one for one in self.execution.waits if type(one.command) is Alarm and one.command.due <= now]
+        now = asyncio.get_running_loop().time()
+        return [one for one in self.execution.waits if self._alarms.get(one.key, now + 1) <= now]
 
     def _until_alarm_s(self) -> float | None:
-        due = [one.command.due for one in self.execution.waits if type(one.command) is Alarm]
-        return max(0.0, min(due) - self.execution.now()) if due else None
+        due = [self._alarms[one.key] for one in self.execution.waits if one.key in self._alarms]
+        return max(0.0, min(due) - asyncio.get_running_loop().time()) if due else None
 
     async def _call(self, key: str, call: Call) -> Answered:
         """All attempts of one step."""
@@ -137,7 +143,7 @@ class _Several:
         while True:
             context = self.execution.context_of(self.ctx, key, function.name, attempt=attempt, progress=said)
             try:
-                async with asyncio.timeout(timeout_s) as limit:
+                async with timeout(timeout_s) as limit:
                     value = await self._run(call, context)
                 encoded, decoded = function.answer_of(value)
             except STEP_FAILURES as error:
@@ -149,7 +155,8 @@ class _Several:
                 ):
                     return Answered(error=known)
                 said = context.said
-                await asyncio.sleep(policy.pause_s(attempt, chance=random.random()))
+                pause_s = policy.pause_s(attempt, chance=random.random())
+                await asyncio.sleep(self.execution.workflow.app.clock.real_s(pause_s))
                 attempt += 1
             else:
                 self.ctx.notes = noted_too(self.ctx.notes, context.notes)

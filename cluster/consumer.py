@@ -214,9 +214,10 @@ class Consumer:
         return has_work
 
     def expects_work(self, within_s: float) -> bool:
-        """Whether there is work, a detached step runs here, or a timer is due in so many seconds."""
+        """Whether there is work, a detached step runs here, a timer is due in so many seconds, or the dead left something."""
         has_work, due_s = self._look()
-        return has_work or self._aside.is_busy or (due_s is not None and due_s <= within_s)
+        is_due = due_s is not None and due_s <= within_s
+        return has_work or self._aside.is_busy or is_due or side_statements.has_orphans(self._connection)
 
     def close(self, *, grace_s: float = 0.0) -> None:
         """Give detached steps ``grace_s`` seconds to end, set free what it holds, and close the connection; safe twice."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
+from durable_cluster.codec import Where
 from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Sleep, Spawn, Wait
 from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import Envelope, encode
@@ -58,6 +59,13 @@ class Context(msgspec.Struct, eq=False, gc=False):
     def envelope(self) -> Envelope:
         """The step event."""
         return self._envelope
+
+    def read(self) -> None:
+        """From now on the step event is as its step sees it. Raises Unreadable."""
+        self._envelope = self._machine.app.payloads.event(self._envelope)
+
+    def _where(self, kind: str) -> Where:
+        return Where(self._envelope.workflow, kind, self._envelope.workflow_id)
 
     def answers(self, call: Asked) -> None:
         """The step is that of a linear workflow, which waits for it there."""
@@ -112,7 +120,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
     @property
     def progress(self) -> Any:
         """What the attempt before this one last said to ``heartbeat`` (plain JSON values); None if it said nothing."""
-        return self._envelope.progress
+        return self._machine.app.payloads.value(self._envelope.progress, self._where("heartbeat"))
 
     def heartbeat(self, progress: Any) -> None:
         """Say how far this step is (JSON): if it is interrupted, its next attempt finds that in ``progress``.
@@ -124,14 +132,12 @@ class Context(msgspec.Struct, eq=False, gc=False):
             encode(msgspec.json.decode(encoded))  # what the log carries is read and written again
         except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
             raise InputError(f"progress of step '{self.step}' is not JSON: {error}") from error
-        limit = self._machine.app.settings.payload_bytes_max
-        if len(encoded) > limit:
-            raise InputError(f"progress of step '{self.step}' has {len(encoded):,} bytes, the limit is {limit:,}")
-        self._said = msgspec.Raw(encoded)
+        what = f"progress of step '{self.step}'"
+        self._said = msgspec.Raw(self._machine.app.payloads.fitting(encoded, self._where("heartbeat"), what).encode())
 
     @property
     def said(self) -> Any:
-        """The last progress of this attempt, before it has any that of the one before: what can be encoded as JSON."""
+        """The last progress of this attempt, before it has any that of the one before: as the database gets it."""
         return self._said if self._said is not None else self._envelope.progress
 
     def set_attributes(self, attributes: Attributes) -> None:
@@ -150,7 +156,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
         beside the pages, about once a second. Raises InputError.
         """
         self.notes = notes = self.notes or Notes()
-        notes.progress = checked_progress(progress, step=self.step)
+        notes.progress = checked_progress(progress, self._machine.app.payloads, self._where("progress"), step=self.step)
 
     @property
     def published(self) -> msgspec.Raw | None:
@@ -278,7 +284,9 @@ class Context(msgspec.Struct, eq=False, gc=False):
             raise AppError(
                 f"step '{self.step}' has no children to read: it is no step that ctx.gather, first or at_least went on to"
             )
-        return Results(partial(self._machine.app.client.children, self.workflow_id), self._children)
+        app = self._machine.app
+        read = None if self._children is None else [app.payloads.child(child) for child in self._children]
+        return Results(partial(app.client.children, self.workflow_id), read)
 
     @property
     def signal(self) -> Signal | None:

@@ -1,4 +1,4 @@
-"""One JSON line of the log, one page of them, and the only codec.
+"""One JSON line of the log, one page of them, and their only reader and writer.
 
 An envelope carries a step event: which workflow (its whole id: the log is as secret as the table of ids), its step number, the
 step to run and the state it runs with. Fields this version does not know are tolerated.
@@ -19,6 +19,8 @@ SEQ_MAX = 999_999_998
 """One less than has nine digits: the step after it has nine too."""
 DEPTH_MARGIN = 150
 NEWLINE = ord("\n")
+CODED_KEY = "$codec"
+"""The first key of a value that a codec has made, and of no other: see ``codec``."""
 NOT_AN_ENVELOPE = (msgspec.DecodeError, UnicodeError, RecursionError)
 NO_HEX = re.compile("[^0-9a-f]")
 
@@ -114,12 +116,13 @@ class AmbiguousPage(Exception):
 class Page(msgspec.Struct, frozen=True):
     """Lines of one window from its cursor on. ``lines`` holds no line that is done; a line that is no envelope is ``None``.
 
-    ``counts``: how many lines each event has, those that are done included.
+    ``counts``: how many lines each event has, those that are done included. ``is_plain``: nothing here is coded, see ``codec``.
     """
 
     header: Header
     lines: list[Envelope | None]
     counts: list[int]
+    is_plain: bool = False
 
     def cursor(self, lines_done: int) -> str:
         """The window's cursor, in Postgres' form, after the first ``lines_done`` lines of this page."""
@@ -179,7 +182,9 @@ def decode_page(text: str) -> Page:
         raise AmbiguousPage
     counts = [event.count("\n") + 1 for event in events]
     lines = _decoded_lines("\n".join(events), sum(counts))
-    return Page(header, lines[header.done[2] :] if header.done[2] else lines, counts)
+    # One look at the page, and not at each line; the first half of it is the quick one.
+    is_plain = "$" not in body or CODED_KEY not in body
+    return Page(header, lines[header.done[2] :] if header.done[2] else lines, counts, is_plain)
 
 
 def _decoded_lines(body: str, count: int) -> list[Envelope | None]:

@@ -4,6 +4,8 @@ DurableError
 ├── ConfigurationError        a setting, a name or an option that cannot be
 │   └── AppError              the app module, a machine, a step or a handler's signature
 ├── InputError                a value that does not fit its type or its limit (``path`` says where)
+├── CodecError                a payload that the App's codec cannot make, or that no codec here can read
+│   └── Unreadable            … the state or the signal of a step event: the step waits for a process that can read it
 ├── UnknownWorkflow           no workflow with that id or key, or none that this code knows
 ├── InvalidState              the workflow is in no state in which that can be done; the message says what to do first
 ├── DatabaseError             the database cannot be used as it is
@@ -45,6 +47,14 @@ class AppError(ConfigurationError):
 
 class InputError(DurableError):
     """A value does not fit its type or its limit."""
+
+
+class CodecError(DurableError):
+    """A payload that the App's codec cannot make, or that no codec here can read. A codec's own may say more."""
+
+
+class Unreadable(CodecError):
+    """The state of a step event, or the signal that it brings."""
 
 
 class UnknownWorkflow(DurableError):

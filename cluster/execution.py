@@ -14,6 +14,7 @@ import msgspec
 from msgspec import structs
 
 from durable_cluster import memo
+from durable_cluster.codec import Where
 from durable_cluster.commands import Alarm, Command
 from durable_cluster.context import Asked, Context
 from durable_cluster.envelope import encode
@@ -282,7 +283,7 @@ class Execution:
 
     def patched(self, name: str) -> bool:
         """Whether this run takes the change called ``name``: it was not past it before the change was made."""
-        if name not in self._patches and not self._unread:
+        if name not in self._patches and not self.is_replaying:
             self._patches.add(name)
         return name in self._patches
 
@@ -294,7 +295,8 @@ class Execution:
         if attributes is not None:
             notes.attributes = {**(notes.attributes or {}), **checked_attributes(attributes)}
         if progress is not None:
-            notes.progress = checked_progress(progress, step=self.workflow.name)
+            where = Where(self.workflow.name, "progress", self.workflow_id)
+            notes.progress = checked_progress(progress, self.workflow.app.payloads, where, step=self.workflow.name)
 
     def forget_below(self, prefix: str) -> None:
         """Drop what is recorded of awaits whose position begins so: what they led to is recorded."""

@@ -5,17 +5,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import traceback
+from asyncio import timeout
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
 
+from durable_cluster.codec import Where
 from durable_cluster.context import Context, short_id
 from durable_cluster.continuation import Continuation, Done, Fail, Goto, Join, Retrying, Sleep, Spawn, Stuck, Wait
+from durable_cluster.dead_letters import (
+    DeadLetter,
+    brief_of,
+    dead,
+    dead_letter,
+    failure,
+    reason_of,
+    said_by,
+    said_of,
+    veiled,
+)
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.errors import NOT_RETRIED, STEP_FAILURES, DurableError, HandlerError, StepTimeout, TerminalError
+from durable_cluster.errors import (
+    NOT_RETRIED,
+    STEP_FAILURES,
+    CodecError,
+    HandlerError,
+    StepTimeout,
+    TerminalError,
+    Unreadable,
+)
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.limits import LIMIT, OF_STEP, OF_WORKFLOW, Pump, Queued, pump_of, without_permit
 from durable_cluster.notes import SETTING, Noted, Setting, setting_of
@@ -27,8 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("durable_cluster.executor")
 
-TRACEBACK_CHARS_MAX = 4_000
-REASON_CHARS_MAX = 1_000
 UNROUTED_PAUSE_S_MAX = 60.0
 UNROUTED_DOUBLINGS = 6
 
@@ -42,14 +60,6 @@ class Later(msgspec.Struct, frozen=True):
     envelope: Envelope
     delay_s: float
     reason: str = ""
-
-
-class DeadLetter(msgspec.Struct, frozen=True):
-    """A step that cannot go on. ``reason``: see ``durable.bury``; ``details``: what a failed workflow says too."""
-
-    envelope: Envelope
-    reason: str
-    details: dict[str, Any]
 
 
 WAITS = (Wait, Spawn, Join)
@@ -67,15 +77,21 @@ Result = Envelope | Outcome | Later | Parked | Queued | Waiting | Spawning | Joi
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
-    """A step event with the handler that will run it. ``children``: those it was resumed by, as far as its page has read them."""
+    """A step event with the handler that will run it. ``children``: those it was resumed by, as far as its page has read them.
+
+    ``is_plain``: it is known that nothing of it is coded.
+    """
 
     machine: Machine
     step: Step
     envelope: Envelope
     children: list[ChildResult] | None = None
+    is_plain: bool = False
 
 
-def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float) -> Task | Result | None:
+def resolve(
+    machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: float, is_plain: bool = False
+) -> Task | Result | None:
     """The task for an envelope, or the signal, cancel or change of attributes that it is; None for one that nobody can have sent.
 
     One that this code knows no handler for waits for a process that does, for ``limit_s`` seconds in all: during a deployment
@@ -85,7 +101,7 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
         machine = machines[envelope.workflow]
         if envelope.version != machine.version:
             machine = machine.of_version(envelope.version)
-        return Task(machine, machine.steps[envelope.step], envelope)
+        return Task(machine, machine.steps[envelope.step], envelope, None, is_plain)
     except KeyError:
         if envelope.workflow in (SIGNAL, CANCEL):
             return message_of(envelope)
@@ -99,7 +115,7 @@ def resolve(machines: Mapping[str, Machine], envelope: Envelope, *, limit_s: flo
 def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) -> Envelope | Outcome | None:
     """What stands in for a step of a cancelled workflow: the first step of its cleanup, or its end if it has none.
 
-    None where the step goes on as it is: it belongs to the cleanup, is a signal, or no code here knows the workflow.
+    None where the step goes on as it is: it belongs to the cleanup, is a signal, or no code here knows or can read it.
     """
     if envelope.cancelled:
         return None
@@ -109,14 +125,20 @@ def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) 
         return None
     cleanup = machine.on_cancel
     if cleanup is None:
-        return Outcome(envelope.workflow_id, "cancelled", encode(_said_of(envelope, reason, None)).decode())
+        return Outcome(envelope.workflow_id, "cancelled", encode(said_of(envelope, reason)).decode())
+    payloads = machine.app.payloads
+    try:
+        state = bytes(machine.cleanup_state(payloads.event(envelope)))
+        state = payloads.coded(state, Where(envelope.workflow, "state", envelope.workflow_id))
+    except CodecError:
+        return None
     return Envelope(
         envelope.workflow_id,
         envelope.seq + 1,
         envelope.workflow,
         cleanup.name,
         envelope.version,
-        machine.cleanup_state(envelope),
+        msgspec.Raw(state),
         cancelled=reason,
     )
 
@@ -139,11 +161,14 @@ def queued(task: Task) -> Result | None:
         limit, bit, permit_seq = of_step, OF_STEP, envelope.seq
     else:
         return None
+    context = context_of(task)
     try:
-        key = limit.key_of(task.machine.counted(task.step, _state_of(task)))
+        key = limit.key_of(task.machine.counted(task.step, _state_of(task, context)))
+    except Unreadable as error:
+        return failed(task, error, context)
     except Exception as error:
-        wrong = HandlerError(f"step '{task.step.name}': the key of its limit '{limit.name}' failed: {_reason(error)}")
-        return failed(task, wrong, context_of(task))
+        wrong = HandlerError(f"step '{task.step.name}': the key of its limit '{limit.name}' failed: {reason_of(error)}")
+        return failed(task, wrong, context)
     return Queued(msgspec.structs.replace(envelope, permit=envelope.permit | bit), limit, key, permit_seq)
 
 
@@ -164,7 +189,7 @@ def run(task: Task, context: Context) -> Result:
 async def run_async(task: Task, context: Context) -> Result:
     """Run an ``async def`` step, for as long as its timeout allows."""
     try:
-        async with asyncio.timeout(task.step.timeout_s) as limit:
+        async with timeout(task.step.timeout_s) as limit:
             returned = await task.step.handler(*_arguments(task, context))
         result = conclude(task, returned)
         return result if context.notes is None else Noted(task.envelope, result, context.notes)
@@ -193,13 +218,14 @@ def conclude(task: Task, returned: Continuation) -> Result:
     if type(returned) is Goto:
         return _successor(task, returned)
     if type(returned) is Done:
-        return _completed(envelope, _encoded(task, returned.output), returned.memo)
+        return _completed(envelope, _encoded(task, returned.output, "result"), returned.memo)
     if type(returned) is Sleep:
         return Later(_successor(task, returned.goto), returned.seconds)
     if isinstance(returned, WAITS):
         return _waiting(task, returned)
     if type(returned) is Fail:
-        return failure(envelope, str(returned.reason), memo=returned.memo)
+        said = veiled(task.machine, envelope, said_of(envelope, str(returned.reason)), "failed")
+        return failure(envelope, said, memo=returned.memo)
     if isinstance(returned, TROUBLED):
         return _troubled(task, returned)
     raise HandlerError(
@@ -212,15 +238,15 @@ def conclude(task: Task, returned: Continuation) -> Result:
 def _troubled(task: Task, returned: Stuck | Retrying) -> Later | DeadLetter:
     to = _successor(task, returned.goto)
     if isinstance(returned, Stuck):
-        return dead_letter(to, returned.reason, _reason(returned.error), trace=_trace(returned.error))
+        return dead(to, returned.reason, said_by(task.machine, to, returned.error))
     again = msgspec.structs.replace(to, seq=to.seq + 1, attempt=2, progress=returned.progress)
-    return Later(again, returned.pause_s, _reason(returned.error))
+    return Later(again, returned.pause_s, brief_of(task.machine, returned.error))
 
 
 def _completed(envelope: Envelope, output: bytes, memo: bytes) -> Outcome:
     if not envelope.cancelled:
         return Outcome(envelope.workflow_id, "completed", output.decode(), memo.decode())
-    said = _said_of(envelope, envelope.cancelled, None) | {"output": msgspec.Raw(output)}
+    said = said_of(envelope, envelope.cancelled) | {"output": msgspec.Raw(output)}
     return Outcome(envelope.workflow_id, "cancelled", encode(said).decode(), memo.decode())
 
 
@@ -228,13 +254,12 @@ def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | 
     envelope = task.envelope
     if isinstance(returned, Wait):
         token_seq = returned.token_seq or token_seq_of(envelope) if returned.requires_token else None
-        goto, late = _successor(task, returned.goto), _successor(task, returned.late)
+        goto, late = _both(task, returned, has_children=False)
         return Waiting(goto, late, returned.names, returned.timeout_s, token_seq)
     if isinstance(returned, Spawn):
         return Spawning(_successor(task, returned.goto), envelope.seq, returned.children, returned.keeps_group)
     return Joining(
-        _successor(task, returned.goto, has_children=True),
-        _successor(task, returned.late, has_children=True),
+        *_both(task, returned, has_children=True),
         envelope.seq,
         returned.children,
         returned.timeout_s,
@@ -247,26 +272,41 @@ def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | 
     )
 
 
+def _both(task: Task, returned: Wait | Join, *, has_children: bool) -> tuple[Envelope, Envelope]:
+    """Where a wait goes on, and where when its time is over: most often the same, which is then made once."""
+    goto = _successor(task, returned.goto, has_children=has_children)
+    if returned.late is returned.goto:
+        return goto, goto
+    return goto, _successor(task, returned.late, has_children=has_children)
+
+
 def failed(task: Task, error: BaseException, context: Context) -> Result:
-    """What becomes of a step that raised ``error``: another attempt later, a dead letter, or the workflow's end."""
+    """What becomes of a step that raised ``error``: another attempt later, a dead letter, or the workflow's end.
+
+    One that nobody here can read has not run: it waits for a process that can.
+    """
     envelope = task.envelope
-    reason = _reason(error)
     policy = envelope.retry or task.step.retry
     spent = envelope.attempt - envelope.granted
+    if isinstance(error, Unreadable):
+        return _put_off(
+            envelope, f"step '{envelope.step}': {error}", limit_s=task.machine.app.settings.unroutable_limit_s
+        )
     if isinstance(error, NOT_RETRIED):
-        return dead_letter(envelope, "given_up", reason, trace=_trace(error))
+        return dead(envelope, "given_up", said_by(task.machine, envelope, error))
     is_given_up = isinstance(error, TerminalError) or not policy.is_retried(error)
     if is_given_up or spent >= policy.attempts:
         if (instead := _after_failure(task, error)) is not None:
             return instead
+        said = said_by(task.machine, envelope, error)
         if isinstance(error, TerminalError):
-            return failure(envelope, reason, trace=_trace(error), memo=task.machine.memo_of(envelope, error))
-        return dead_letter(envelope, "given_up" if is_given_up else "attempts", reason, trace=_trace(error))
+            return failure(envelope, said, memo=task.machine.memo_of(envelope, error))
+        return dead(envelope, "given_up" if is_given_up else "attempts", said)
     pause_s = policy.pause_s(spent, chance=random.random())
     again = msgspec.structs.replace(
         without_permit(envelope), seq=envelope.seq + 1, attempt=envelope.attempt + 1, unrouted=0, progress=context.said
     )
-    return Later(again, pause_s, reason)
+    return Later(again, pause_s, brief_of(task.machine, error))
 
 
 def _after_failure(task: Task, error: BaseException) -> Result | None:
@@ -275,25 +315,9 @@ def _after_failure(task: Task, error: BaseException) -> Result | None:
         instead = task.machine.after_failure(task, error)
         return None if instead is None else conclude(task, instead)
     except FAILURES as problem:
-        told = (task.envelope.step, short_id(task.envelope.workflow_id), _reason(problem))
+        told = (task.envelope.step, short_id(task.envelope.workflow_id), brief_of(task.machine, problem))
         logger.warning("step '%s' of %s… failed, and its workflow could not be told: %s", *told)
         return None
-
-
-def dead_letter(envelope: Envelope, kind: str, reason: str, *, trace: str | None = None) -> DeadLetter:
-    """A step that is set aside until somebody takes it up again."""
-    return DeadLetter(without_permit(envelope), kind, _said_of(envelope, reason, trace))
-
-
-def crashed(envelope: Envelope, times: int, what: str = "the process died") -> DeadLetter:
-    """A step that was running alone so many times when its process died, or what else happened."""
-    reason = f"{what} {times} times while step '{envelope.step}' ran alone; see the cluster's log for how"
-    return dead_letter(envelope, "crashes", reason)
-
-
-def failure(envelope: Envelope, reason: str, *, trace: str | None = None, memo: bytes = b"") -> Outcome:
-    """The terminal record of a failed workflow."""
-    return Outcome(envelope.workflow_id, "failed", encode(_said_of(envelope, reason, trace)).decode(), memo.decode())
 
 
 def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
@@ -306,7 +330,7 @@ def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
         envelope.workflow,
         to.step,
         task.machine.version,
-        msgspec.Raw(_encoded(task, to.state)),
+        msgspec.Raw(_encoded(task, to.state, "state")),
         retry=to.retry,
         cancelled=envelope.cancelled,
         has_children=has_children,
@@ -314,11 +338,15 @@ def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
 
 
 def _unrouted(envelope: Envelope, machines: Mapping[str, Machine], limit_s: float) -> Result:
-    unknown = _unknown(envelope, machines)
+    return _put_off(envelope, _unknown(envelope, machines), limit_s=limit_s)
+
+
+def _put_off(envelope: Envelope, what: str, *, limit_s: float) -> Later | DeadLetter:
+    """A step that no code here can run waits for a process that can. ``what``: is missing."""
     if _waited_s(envelope.unrouted) >= limit_s:
-        return dead_letter(envelope, "unroutable", unknown)
+        return dead_letter(envelope, "unroutable", what)
     if envelope.unrouted == 0:
-        logger.warning("%s; %s… waits for a process that knows it", unknown, short_id(envelope.workflow_id))
+        logger.warning("%s; %s… waits for a process that can run it", what, short_id(envelope.workflow_id))
     pause_s = min(UNROUTED_PAUSE_S_MAX, 2.0 ** min(envelope.unrouted, UNROUTED_DOUBLINGS))
     return Later(msgspec.structs.replace(without_permit(envelope), unrouted=envelope.unrouted + 1), pause_s)
 
@@ -330,8 +358,8 @@ def _unknown(envelope: Envelope, machines: Mapping[str, Machine]) -> str:
         return f"no workflow '{envelope.workflow}' in this app; it has {', '.join(machines) or 'none'}"
     if envelope.version > newest.version:
         return f"workflow '{envelope.workflow}' has come to version {envelope.version}; this code is of version {newest.version}"
-    steps = newest.of_version(envelope.version).steps
-    return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {', '.join(steps) or 'none'}"
+    steps = ", ".join(newest.of_version(envelope.version).steps) or "none"
+    return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {steps}"
 
 
 def _waited_s(times: int) -> float:
@@ -339,62 +367,34 @@ def _waited_s(times: int) -> float:
     return 2.0 ** min(times, UNROUTED_DOUBLINGS) - 1 + UNROUTED_PAUSE_S_MAX * max(0, times - UNROUTED_DOUBLINGS)
 
 
-def _said_of(envelope: Envelope, reason: str, trace: str | None) -> dict[str, Any]:
-    said: dict[str, Any] = {
-        "reason": _clean(reason[:REASON_CHARS_MAX]),
-        "step": envelope.step,
-        "seq": envelope.seq,
-        "attempt": envelope.attempt,
-    }
-    if trace is not None:
-        said["traceback"] = _clean(trace)
-    return said
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, DurableError):
-        return _said(error)
-    return f"{type(error).__name__}: {_said(error)}"
-
-
-def _trace(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-TRACEBACK_CHARS_MAX:]
-
-
-def _said(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "(it cannot be printed)"
-
-
-def _clean(text: str) -> str:
-    """``text`` without what neither JSON nor Postgres can hold."""
-    return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
-
-
 def _arguments(task: Task, context: Context) -> tuple[Any, ...]:
-    state = _state_of(task)
+    state = _state_of(task, context)
     return (context, state) if task.step.signature.takes_context else (state,)
 
 
-def _state_of(task: Task) -> Any:
+def _state_of(task: Task, context: Context) -> Any:
+    if not task.is_plain:
+        context.read()
     try:
-        return task.step.decoder.decode(task.envelope.state)
+        return task.step.decoder.decode(context.envelope.state)
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass  # older code may have written it
     try:
-        return task.machine.app.upcasts.decoded(task.step.decoder, task.envelope.state)
+        return task.machine.app.upcasts.decoded(task.step.decoder, context.envelope.state)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandlerError(f"the state does not fit step '{task.step.name}': {error}") from error
 
 
-def _encoded(task: Task, value: object) -> bytes:
+def _encoded(task: Task, value: object, kind: str) -> bytes:
     try:
         encoded = encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise HandlerError(f"step '{task.step.name}' handed on what is not JSON: {error}") from error
-    limit = task.machine.app.settings.payload_bytes_max
+    app = task.machine.app
+    if app.payloads.codec is not None:
+        encoded = app.payloads.coded(encoded, Where(task.envelope.workflow, kind, task.envelope.workflow_id))
+    limit = app.settings.payload_bytes_max
     if len(encoded) > limit:
-        raise HandlerError(f"step '{task.step.name}' handed on {len(encoded):,} bytes, the limit is {limit:,}")
+        many = f"{len(encoded):,} bytes{app.payloads.when_coded}"
+        raise HandlerError(f"step '{task.step.name}' handed on {many}, the limit is {limit:,}")
     return encoded

@@ -20,7 +20,7 @@ import psycopg
 from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, SerializationFailure
 from psycopg.pq import TransactionStatus
 
-from durable_cluster import executor, noting, side_results, side_statements, statements
+from durable_cluster import dead_letters, executor, noting, side_results, side_statements, statements
 from durable_cluster.context import Context
 from durable_cluster.envelope import Envelope, Page, encode_chunks
 from durable_cluster.errors import HandlerError
@@ -195,7 +195,7 @@ class Handoff:
         row_factory, cursor_factory = self._connection.row_factory, self._connection.cursor_factory
         key = task.envelope.key
         if self._breaks[key] >= self._breaks_max:
-            letter = executor.crashed(task.envelope, self._breaks[key], "the connection was lost")
+            letter = dead_letters.crashed(task.envelope, self._breaks[key], "the connection was lost")
             raise StepFailed(index, letter)
         context = executor.context_of(task, self._connection)
         self._on_task(task)

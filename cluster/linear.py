@@ -135,8 +135,9 @@ class Workflow(TypedMachine[In, R]):
         """The function is told that its step failed for good; None if it does not catch that: the step is a dead letter."""
         if task.step.name in OWN:
             return None
-        carried = task.step.decoder.decode(task.envelope.state)
         ctx = Context(self, task.envelope)
+        ctx.read()
+        carried = task.step.decoder.decode(ctx.envelope.state)
         execution = self.execution(ctx, carried)
         if carried.asked is None:
             return None
@@ -154,15 +155,17 @@ class Workflow(TypedMachine[In, R]):
         """The first step's state is the bare input; all others' carry it. What has ended of several at once is on record too."""
         if envelope.step == START:
             return msgspec.Raw(encode(Carried(envelope.state)))
-        if envelope.step == SEVERAL and isinstance(envelope.progress, list):
+        ended = Context(self, envelope).progress if envelope.step == SEVERAL else None
+        if isinstance(ended, list):
             with suppress(msgspec.DecodeError):  # somebody may have put the line into the log by hand
                 carried = carried_decoder.decode(envelope.state)
-                return msgspec.Raw(encode(memo.with_entries(carried, map(encode, envelope.progress))))
+                return msgspec.Raw(encode(memo.with_entries(carried, map(encode, ended))))
         return envelope.state
 
     def memo_of(self, envelope: Envelope, error: BaseException) -> bytes:
         """With the failure that ends it."""
-        return memo.failed_at(self.cleanup_state(envelope), failure_of(error))
+        is_coded = self.app.payloads.codec is not None
+        return b"" if is_coded else memo.failed_at(self.cleanup_state(envelope), failure_of(error))
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether an edited state carries an input that fits the function, and arguments that fit the step. Raises InputError."""
@@ -244,12 +247,11 @@ class Workflow(TypedMachine[In, R]):
         if main.cancelled():
             if ctx.cancelled:
                 return Done(None, self._memo(execution))
-            itself = HandlerError(f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError")
-            return self._stuck(execution, itself)
+            why = f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError"
+            return self._stuck(execution, HandlerError(why))
         error = main.exception()
         if error is None:
-            is_kept = self.keeps_memo or bool(ctx.cancelled)
-            return self._returned(execution, main.result(), memo=self._memo(execution) if is_kept else b"")
+            return self._returned(execution, main.result(), is_kept=self.keeps_memo or bool(ctx.cancelled))
         if isinstance(error, ContinueAsNew):
             return Goto(RESUME, msgspec.Raw(encode(execution.as_new(self._input(error.value)))))
         if isinstance(error, TerminalError) or execution.is_failure_uncaught:
@@ -258,23 +260,21 @@ class Workflow(TypedMachine[In, R]):
         return self._stuck(execution, error)
 
     def _memo(self, execution: Execution) -> bytes:
-        """What it has behind it, for whoever forks it; nothing if that is more than a step event could carry."""
-        memo = execution.encoded("")
+        """What it has behind it, for whoever forks it; nothing if that is coded, or more than a step event could carry."""
+        memo = b"" if self.app.payloads.codec is not None else execution.encoded("")
         return memo if len(memo) <= self.app.settings.payload_bytes_max else b""
 
-    def _returned(self, execution: Execution, value: Any, *, memo: bytes) -> Continuation:
+    def _returned(self, execution: Execution, value: Any, *, is_kept: bool) -> Continuation:
         try:
             encoded = encode(value)
             self.returned.decode(encoded)
         except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-            wrong = HandlerError(
-                f"workflow '{self.name}' returned what is not {_told(self.returned.type)} as JSON: {error}"
-            )
-            return self._stuck(execution, wrong)
-        return Done(msgspec.Raw(encoded), memo)
+            wrong = f"workflow '{self.name}' returned what is not {_told(self.returned.type)} as JSON: {error}"
+            return self._stuck(execution, HandlerError(wrong))
+        return Done(msgspec.Raw(encoded), self._memo(execution) if is_kept else b"")
 
     def _input(self, value: Any) -> msgspec.Raw:
-        return msgspec.Raw(self.opening(value)[1].encode())
+        return msgspec.Raw(self.opening(value)[1])
 
     def _stuck(self, execution: Execution, error: BaseException) -> Stuck:
         """Its own lines failed: a dead letter that enters the function anew, when it is mended."""

@@ -126,7 +126,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """A branch that failed with nobody to hear of it."""
-        logger.warning("in a workflow: %s: %r", context.get("message"), context.get("exception"))
+        error = context.get("exception")
+        is_quoted = error is None or self.execution.workflow.app.payloads.codec is None
+        said = repr(error) if is_quoted else type(error).__name__
+        logger.warning("in a workflow: %s: %s", context.get("message"), said)
 
     def close(self) -> None:
         """End what still waits, without letting it ask for anything more."""

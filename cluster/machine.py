@@ -12,6 +12,7 @@ import msgspec
 from durable_cluster import coordination
 from durable_cluster.asynchronous import asynchronous
 from durable_cluster.client import Handle
+from durable_cluster.codec import Where
 from durable_cluster.decoding import decoder_of
 from durable_cluster.durations import Duration, beginning, seconds
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
@@ -83,6 +84,8 @@ class Machine:
         self.first: Step | None = None
         self.on_cancel: Step | None = None
         self._state = state
+        self._where_input = Where(self.name, "input")
+        self._input_told = str(self._where_input)
         self._names: dict[str | Callable[..., Any], str] = {}
 
     def step(
@@ -205,7 +208,7 @@ class Machine:
         """
         begin = beginning(after=after, at=at)
         first = self._first()
-        payload = self._payload(first, value)
+        payload = self.coded(self._payload(first, value))
         key = None if key is None else checked_key(key)
         found_by = None if attributes is None else encoded_attributes(attributes)
         client = self.app.client
@@ -242,7 +245,7 @@ class Machine:
         if not values:
             return []
         first = self._first()
-        payloads = [self._payload(first, value) for value in values]
+        payloads = [self.coded(self._payload(first, value)) for value in values]
         if keys is not None and len(keys) != len(values):
             raise InputError(f"{len(keys)} keys for {len(values)} values; give one key a piece")
         keys = None if keys is None else [checked_key(key) for key in keys]
@@ -268,7 +271,8 @@ class Machine:
         """
         delay_s = 0.0 if after is None else seconds(after, what="after")
         found_by = "" if attributes is None else encoded_attributes(attributes)
-        return Child(self.name, self.version, *self.opening(value), delay_s, found_by)
+        step, payload = self.opening(value)
+        return Child(self.name, self.version, step, self.coded(payload), delay_s, found_by)
 
     def spawn(
         self, value: Any, *, after: Duration | None = None, attributes: Attributes | None = None
@@ -303,7 +307,7 @@ class Machine:
         return None
 
     def cleanup_state(self, envelope: Envelope) -> msgspec.Raw:
-        """The state of the cleanup that runs in place of this step."""
+        """The state of the cleanup that runs in place of this step, whose own is in plain."""
         return envelope.state
 
     def memo_of(self, envelope: Envelope, error: BaseException) -> bytes:
@@ -332,7 +336,11 @@ class Machine:
         steps = () if self.is_linear else tuple(self.steps)
         return Declared(self.name, self.version, self._first().name, steps, self.limit is not None)
 
-    def opening(self, value: Any) -> tuple[str, str]:
+    def coded(self, payload: bytes) -> str:
+        """An input as the database gets it. Raises CodecError, and InputError for one that is too large."""
+        return self.app.payloads.fitting(payload, self._where_input, self._input_told)
+
+    def opening(self, value: Any) -> tuple[str, bytes]:
         """The name of the first step, and ``value`` as JSON that fits it. Raises AppError, InputError."""
         first = self._first()
         return first.name, self._payload(first, value)
@@ -342,10 +350,8 @@ class Machine:
             raise AppError(f"machine '{self.name}' has no first step; declare one with @machine.step(start=True)")
         return self.first
 
-    def _payload(self, first: Step, value: Any) -> str:
-        what = f"the input of workflow '{self.name}'"
-        limit = self.app.settings.payload_bytes_max
-        return encoded_input(value, decoder=first.decoder, what=what, bytes_max=limit).decode()
+    def _payload(self, first: Step, value: Any) -> bytes:
+        return encoded_input(value, decoder=first.decoder, what=self._input_told)
 
 
 def checked_version(workflow: str, version: int) -> int:

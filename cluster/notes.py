@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from durable_cluster.codec import Payloads, Where
 from durable_cluster.envelope import NOT_AN_ENVELOPE, Envelope, encode
 from durable_cluster.errors import InputError
 
@@ -119,14 +120,15 @@ def _is_scalar(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and abs(value) < NUMBER_MAX)
 
 
-def checked_progress(progress: Any, *, step: str) -> msgspec.Raw:
-    """``progress`` as JSON, if it is small enough to be published. Raises InputError."""
+def checked_progress(progress: Any, payloads: Payloads, where: Where, *, step: str) -> msgspec.Raw:
+    """``progress`` as the database gets it, if it is small enough to be published. Raises InputError, CodecError."""
     try:
-        encoded = encode(progress)
+        encoded = payloads.coded(encode(progress), where)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the progress that step '{step}' publishes is not JSON: {error}") from error
     if len(encoded) > PROGRESS_BYTES_MAX:
         raise InputError(
-            f"the progress that step '{step}' publishes has {len(encoded):,} bytes, the limit is {PROGRESS_BYTES_MAX:,}"
+            f"the progress that step '{step}' publishes has {len(encoded):,} bytes{payloads.when_coded},"
+            f" the limit is {PROGRESS_BYTES_MAX:,}"
         )
     return msgspec.Raw(encoded)

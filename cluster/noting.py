@@ -6,10 +6,10 @@ import logging
 from collections.abc import MutableSequence
 from typing import Any
 
-from durable_cluster import executor, side_statements
+from durable_cluster import side_statements
 from durable_cluster.context import short_id
+from durable_cluster.dead_letters import DeadLetter, dead_letter
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.executor import DeadLetter
 from durable_cluster.notes import ATTRIBUTES_BYTES_MAX, ATTRIBUTES_MAX, Noted, Setting
 from durable_cluster.statements import Connection
 
@@ -42,7 +42,7 @@ def write(tx: Connection, slots: MutableSequence[Any]) -> dict[int, DeadLetter]:
         if isinstance(note, Setting) and note.envelope.workflow_id in refused:
             logger.warning("attributes that a client set of %s… were dropped: they are too many", _short(note.envelope))
     return {
-        index: executor.dead_letter(note.envelope, "given_up", _too_many(note.envelope))
+        index: dead_letter(note.envelope, "given_up", _too_many(note.envelope))
         for index, note in notes
         if isinstance(note, Noted) and note.attributes and note.envelope.workflow_id in refused
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 
-from durable_cluster import coordination, executor, statements
+from durable_cluster import coordination, dead_letters, executor, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
 from durable_cluster.executor import OnTheWay, Parked, Task
@@ -69,6 +69,7 @@ class PageRunner:
         self._weights: Mapping[str, float] = {}
         self._heaviest = 0.0
         self._is_diverting = False
+        self._is_plain = False
         self._paused: frozenset[str] = frozenset()
         self._children: Mapping[str, list[ChildResult]] = {}
 
@@ -79,6 +80,7 @@ class PageRunner:
         self._has_permits = False
         self._weights, self._heaviest = page.header.weights, _heaviest(page)
         self._is_diverting = bool(self._cancelled or self._paused or self._heaviest)
+        self._is_plain = page.is_plain and not self._is_diverting  # the state of a cleanup is coded here
         if page.header.suspects:
             with self._alone():
                 return self._run_suspects(window, page)
@@ -160,7 +162,9 @@ class PageRunner:
             envelope, instead = self._diverted(envelope)
             if instead is not None:
                 return instead
-        task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
+        task = executor.resolve(
+            self._machines, envelope, limit_s=self._settings.unroutable_limit_s, is_plain=self._is_plain
+        )
         if not isinstance(task, Task):
             is_told = isinstance(task, OnTheWay) or (task is not None and envelope.has_names)
             return task if is_told else self._begin(None)
@@ -212,7 +216,7 @@ class PageRunner:
                 break
             crashes = self._mark(window, page, index)
             if envelope is not None and crashes > self._settings.max_crashes:
-                slot: Slot = executor.crashed(envelope, crashes - 1)
+                slot: Slot = dead_letters.crashed(envelope, crashes - 1)
             else:
                 slot = self._begin(envelope)
                 self.inline = None

@@ -37,35 +37,54 @@ async def run_beside(app: App, *, until_idle: bool, limit: timedelta | None) -> 
 def run_here(
     app: App, *, until_idle: bool, limit: timedelta | None, should_end: Callable[[], bool] = lambda: False
 ) -> int:
-    """Run until nothing is ready or due within a minute, the limit is over, it should end, or for ever. Steps run."""
-    dsn = app.client.dsn
-    with connect(dsn, name="durable-cluster run") as connection:
-        shards = schema.demand_installed(connection)
-        replay_statements.declare_types(connection, app.declared_types())
-        schedules.declare(app, connection)
+    """Run until nothing is ready, due within a minute or left by a process that died; or the limit is over; or it should end."""
     stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
 
     def is_over() -> bool:
         return should_end() or (stop_at is not None and time.monotonic() >= stop_at)
 
     tracing = telemetry.configure("run")
-    consumer = Consumer(dsn, 0, app.machines, app.settings, tracing=tracing)
-    consumer.shards = list(range(shards))
-    firing = Firing()
     try:
+        runner = Runner(app, tracing=tracing)
+        try:
+            runner.run(until_idle=until_idle, is_over=is_over)
+        finally:
+            runner.close()
+        return runner.consumer.steps
+    finally:
+        if tracing is not None:
+            tracing.shutdown()
+
+
+class Runner:
+    """One consumer of all shards of the app's database, and what fires its schedules."""
+
+    def __init__(self, app: App, *, tracing: telemetry.Tracing | None = None) -> None:
+        dsn = app.client.dsn
+        with connect(dsn, name="durable-cluster run") as connection:
+            shards = schema.demand_installed(connection)
+            replay_statements.declare_types(connection, app.declared_types())
+            schedules.declare(app, connection)
+        self.consumer = Consumer(dsn, 0, app.machines, app.settings, tracing=tracing)
+        self.consumer.shards = list(range(shards))
+        self._firing = Firing()
+        self._worth_waiting_s = app.clock.real_s(WORTH_WAITING_S)
+
+    def run(self, *, until_idle: bool, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Run until that is over, or, if asked, until nothing is ready or will soon be."""
+        consumer, firing = self.consumer, self._firing
         last_work, may_have_work = time.monotonic(), True
         while not is_over():
             may_have_work |= firing.tend(consumer.connection)
             if may_have_work and consumer.work(is_over, lambda: None):
                 last_work, may_have_work = time.monotonic(), True
-            elif until_idle and not consumer.expects_work(WORTH_WAITING_S):
+            elif until_idle and not consumer.expects_work(self._worth_waiting_s):
                 may_have_work = firing.tend(consumer.connection, is_asked=True)
                 if not may_have_work:
                     break
             else:
                 may_have_work = consumer.wait(time.monotonic() - last_work)
-        return consumer.steps
-    finally:
-        consumer.close()
-        if tracing is not None:
-            tracing.shutdown()
+
+    def close(self) -> None:
+        """Set free what the consumer holds."""
+        self.consumer.close()

@@ -62,7 +62,7 @@ def planned(
         workflow=machine.name,
         version=machine.version,
         step=step,
-        payload=payload,
+        payload=payload.decode(),
         overlap=checked_overlap(overlap),
         due_as=due_as,
         catch_up_max=catch_up_max,
@@ -102,7 +102,7 @@ def declare(app: App, connection: psycopg.Connection[Any]) -> list[str]:
     with connection.transaction():
         now = sql.now(connection)
         for plan in sorted(app.declared.values(), key=lambda plan: plan.name):
-            sql.put(connection, plan, next_due=Cron(plan.cron, plan.zone).after(now), app=app.name)
+            sql.put(connection, _coded(app, plan), next_due=Cron(plan.cron, plan.zone).after(now), app=app.name)
         for machine in app.machines.values():
             if machine.first is not None:
                 sql.reroute(connection, machine.name, version=machine.version, step=machine.first.name)
@@ -133,7 +133,7 @@ class Schedules:
             self._app, name, cron, workflow, value, zone=zone, overlap=overlap, catch_up=catch_up, due_as=due_as
         )
         where = self._where(tx)
-        sql.put(where, plan, next_due=Cron(cron, zone).after(sql.now(where)), app=None)
+        sql.put(where, _coded(self._app, plan), next_due=Cron(cron, zone).after(sql.now(where)), app=None)
 
     def change(
         self,
@@ -155,7 +155,8 @@ class Schedules:
         cron, zone = known.cron if cron is None else cron, known.zone if zone is None else zone
         payload = None
         if value is not KEPT:
-            payload = _opening(self._app.named(known.workflow), value, known.due_as)[1]
+            machine = self._app.named(known.workflow)
+            payload = machine.coded(_opening(machine, value, known.due_as)[1])
         sql.change(
             where,
             name,
@@ -221,6 +222,11 @@ class Schedules:
         return found[0]
 
 
+def _coded(app: App, plan: Plan) -> Plan:
+    """With the input as the database gets it."""
+    return msgspec.structs.replace(plan, payload=app.named(plan.workflow).coded(plan.payload.encode()))
+
+
 def _dues(known: Schedule, begin: datetime, end: datetime, now: datetime) -> list[datetime]:
     """The due times of a period that is over."""
     for what, moment in (("begin", begin), ("end", end)):
@@ -251,7 +257,7 @@ def _machine(app: App, workflow: Machine | str) -> Machine:
     return workflow
 
 
-def _opening(machine: Machine, value: Any, due_as: str | None) -> tuple[str, str]:
+def _opening(machine: Machine, value: Any, due_as: str | None) -> tuple[str, bytes]:
     """The first step, and the input as JSON: with a due time in it, it has to fit that step."""
     if due_as is None:
         return machine.opening(value)
@@ -259,4 +265,4 @@ def _opening(machine: Machine, value: Any, due_as: str | None) -> tuple[str, str
     if not isinstance(given, dict) or not isinstance(due_as, str) or due_as in given:
         raise InputError(f"due_as={due_as!r}: the value has to be a dict without that field, which gets the due time")
     step, _ = machine.opening({**given, due_as: datetime.now(UTC).replace(microsecond=0)})
-    return step, encode(given).decode()
+    return step, encode(given)

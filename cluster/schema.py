@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -13,7 +14,7 @@ from psycopg.pq import TransactionStatus
 from durable_cluster.database import connect
 from durable_cluster.errors import DatabaseError, NotInstalled, SchemaMismatch, translated
 from durable_cluster.settings import checked_shards
-from durable_cluster.sql import DURABLE, ENGINE, MIGRATIONS, read
+from durable_cluster.sql import DURABLE, ENGINE, MIGRATIONS, TESTING, read
 
 DEFAULT_SHARDS = 8
 SERVER_VERSION_MIN = 150000
@@ -54,16 +55,21 @@ LOG_SEQUENCES = (
 )
 
 FUNCTIONS = [("engine", name) for name in ENGINE] + [("durable", name) for name in DURABLE]
+FOR_TESTS = [*FUNCTIONS, *(("testing", name) for name in TESTING)]
+"""The same with a clock that can be set."""
 
 Connection = psycopg.Connection[Any]
 
 
-def install(connection: Connection, *, shards: int, with_roles: bool = True) -> list[str]:
+def install(connection: Connection, *, shards: int, with_roles: bool = True, is_for_tests: bool = False) -> list[str]:
     """Install or upgrade; the migrations that ran. A failure leaves the database as it was.
 
-    Raises SchemaMismatch for a database of a newer version or of another number of shards, DatabaseError for an old server.
+    ``is_for_tests``: with a clock that can be set. Raises SchemaMismatch for a database of a newer version or of another number of
+    shards, or one that was not made for tests and should become so; DatabaseError for an old server.
     """
     checked_shards(shards)
+    if is_for_tests:
+        _refuse_to_set_its_clock(connection)
     if connection.info.server_version < SERVER_VERSION_MIN:
         raise DatabaseError(
             f"PostgreSQL {connection.info.parameter_status('server_version')} is too old; 15 or later is needed"
@@ -77,7 +83,7 @@ def install(connection: Connection, *, shards: int, with_roles: bool = True) -> 
         if not with_roles:
             connection.execute("select set_config('durable.no_roles', 'on', true)")
         ran = _migrate(connection)
-        _replace_functions(connection)
+        _replace_functions(connection, FOR_TESTS if is_for_tests else FUNCTIONS)
         with translated():
             connection.execute("select durable.lay_out(%s)", (shards,))
         connection.execute("select durable.add_partitions()")
@@ -97,7 +103,7 @@ def is_current(connection: Connection) -> bool:
     """Whether the database holds this very version: its migrations and the text of its functions."""
     if not _exists(connection, "durable.functions") or set(_applied(connection)) != set(MIGRATIONS):
         return False
-    return connection.execute("select digest from durable.functions").fetchone() == (_functions_digest(),)
+    return connection.execute("select digest from durable.functions").fetchone() == (_digest_of(FUNCTIONS),)
 
 
 def uninstall(connection: Connection) -> None:
@@ -185,30 +191,37 @@ def _applied(connection: Connection) -> dict[str, str]:
     return dict(connection.execute("select name, digest from durable.migration order by name").fetchall())
 
 
-def _functions_digest() -> str:
-    return sha256("".join(read(folder, name) for folder, name in FUNCTIONS).encode()).hexdigest()
+def _refuse_to_set_its_clock(connection: Connection) -> None:
+    if _exists(connection, "durable.migration") and not _exists(connection, "durable.test_clock"):
+        raise SchemaMismatch(
+            "this database was not made by the testing kit: its clock is the real one and stays so; let the kit make one of its own"
+        )
+
+
+def _digest_of(functions: Sequence[tuple[str, str]]) -> str:
+    return sha256("".join(read(folder, name) for folder, name in functions).encode()).hexdigest()
 
 
 def _execute(connection: Connection, folder: str, name: str) -> None:
     connection.execute(read(folder, name).encode())
 
 
-def _replace_functions(connection: Connection) -> None:
+def _replace_functions(connection: Connection, functions: Sequence[tuple[str, str]]) -> None:
     """Write every function again, drop those that this version no longer has, and then grant."""
     before = dict(connection.execute(OUR_FUNCTIONS).fetchall())
-    for folder, name in FUNCTIONS:
+    for folder, name in functions:
         if name != "grants":
             _execute(connection, folder, name)
     for signature, place in connection.execute(OUR_FUNCTIONS).fetchall():
         if before.get(signature) == place:  # its row is where it was: nobody has written it again
             connection.execute(f"drop routine {signature}".encode())
-    for folder, name in FUNCTIONS:
+    for folder, name in functions:
         if name == "grants":
             _execute(connection, folder, name)
     connection.execute(
         "insert into durable.functions (digest) values (%s)"
         " on conflict (one) do update set digest = excluded.digest, installed_at = now()",
-        (_functions_digest(),),
+        (_digest_of(functions),),
     )
 
 

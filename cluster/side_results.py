@@ -12,8 +12,9 @@ import psycopg
 from durable_cluster import coordination, side_statements
 from durable_cluster.beside import Run
 from durable_cluster.context import short_id
+from durable_cluster.dead_letters import DeadLetter
 from durable_cluster.envelope import Envelope, encode, encode_line
-from durable_cluster.executor import DeadLetter, Later, OnTheWay, Parked, Result, Task
+from durable_cluster.executor import Later, OnTheWay, Parked, Result, Task
 from durable_cluster.joins import Joining, Spawning
 from durable_cluster.limits import OF_STEP, Pump, Queued
 from durable_cluster.notes import Noted

@@ -63,6 +63,13 @@ def secret(connection: Connection) -> bytes:
     return bytes(row[0])
 
 
+def has_orphans(connection: Connection) -> bool:
+    """Whether a process that has no session any more holds windows or detached steps; others take them up after a while."""
+    with translated():
+        row = plain_cursor(connection).execute("select durable.has_orphans()").fetchone()
+    return bool(row and row[0])
+
+
 def now(connection: Connection) -> float:
     """``durable.now()``, as seconds since 1970."""
     with translated():

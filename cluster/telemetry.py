@@ -84,16 +84,23 @@ class Tracing:
             yield
 
     @contextmanager
-    def step(self, envelope: Envelope) -> Iterator[Span]:
-        """A span around one attempt of a step: what runs in it finds it as the current one."""
+    def step(self, envelope: Envelope, *, quotes: bool) -> Iterator[Span]:
+        """A span around one attempt of a step: what runs in it finds it as the current one.
+
+        ``quotes``: it tells what an exception says, and not only its class.
+        """
         parent = self._root(envelope, time.time_ns())
         with self._tracer.start_as_current_span(
-            envelope.step, parent, attributes=_attributes(envelope), set_status_on_exception=False
+            envelope.step,
+            parent,
+            attributes=_attributes(envelope),
+            record_exception=quotes,
+            set_status_on_exception=False,
         ) as span:
             try:
                 yield span
             except BaseException as error:
-                tell(span, f"{type(error).__name__}: {error}")
+                tell(span, f"{type(error).__name__}: {error}" if quotes else type(error).__name__)
                 raise
 
     def failure(self, envelope: Envelope, began_ns: int, reason: str) -> None:

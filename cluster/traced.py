@@ -8,8 +8,9 @@ from typing import Protocol
 
 from durable_cluster import executor
 from durable_cluster.context import Context
+from durable_cluster.dead_letters import DeadLetter, brief_of
 from durable_cluster.envelope import Page
-from durable_cluster.executor import FAILURES, DeadLetter, Later, Result, Task
+from durable_cluster.executor import FAILURES, Later, Result, Task
 from durable_cluster.notes import Noted
 from durable_cluster.statements import Outcome
 from durable_cluster.telemetry import Tracing, tell
@@ -38,7 +39,7 @@ class TracedSteps:
         """See ``executor.call``."""
         envelope = task.envelope
         if envelope.attempt > 1 or self.tracing.is_sampled(envelope.workflow_id):
-            with self.tracing.step(envelope) as span:
+            with self.tracing.step(envelope, quotes=_quotes(task)) as span:
                 result = executor.call(task, context)
                 if wrong := _wrong_with(result):
                     tell(span, wrong)
@@ -47,7 +48,7 @@ class TracedSteps:
         try:
             result = executor.call(task, context)
         except FAILURES as error:
-            self.tracing.failure(envelope, began_ns, f"{type(error).__name__}: {error}")
+            self.tracing.failure(envelope, began_ns, brief_of(task.machine, error))
             raise
         if type(result) in TELLING and (wrong := _wrong_with(result)):
             self.tracing.failure(envelope, began_ns, wrong)
@@ -64,7 +65,7 @@ class TracedSteps:
         """See ``executor.run_async``."""
         envelope = task.envelope
         if envelope.attempt > 1 or self.tracing.is_sampled(envelope.workflow_id):
-            with self.tracing.step(envelope) as span:
+            with self.tracing.step(envelope, quotes=_quotes(task)) as span:
                 result = await executor.run_async(task, context)
                 if wrong := _wrong_with(result):
                     tell(span, wrong)
@@ -87,6 +88,11 @@ def page_of(steps: Steps, shard: int, page: Page) -> AbstractContextManager[None
 
 
 TELLING = (DeadLetter, Later, Outcome, Noted)
+
+
+def _quotes(task: Task) -> bool:
+    """Whether a trace may say what its exceptions say: they quote values, which a codec keeps secret."""
+    return task.machine.app.payloads.codec is None
 
 
 def _wrong_with(result: Result) -> str | None:

@@ -67,16 +67,12 @@ def input_of(function: Callable[..., Any]) -> tuple[bool, Any, Any]:
     return bool(parameters), input_type, hints.get("return", Any)
 
 
-def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str, bytes_max: int) -> bytes:
+def encoded_input(value: Any, *, decoder: msgspec.json.Decoder[Any], what: str) -> bytes:
     """``value`` as JSON that fits ``decoder``'s type. Raises InputError naming ``what``, the path and the mismatch."""
     try:
         encoded = encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{what} is not JSON: {error}") from error
-    if len(encoded) > bytes_max:
-        raise InputError(
-            f"{what} has {len(encoded):,} bytes, the limit is {bytes_max:,}; store it elsewhere and pass a reference"
-        )
     try:
         decoded = decoder.decode(encoded)
     except msgspec.ValidationError as error:

@@ -70,6 +70,7 @@ def parser() -> Parser:
 
     show = command("show", "show one workflow")
     show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    _add_reader(show)
 
     history = command("history", "show the awaits that a linear workflow has recorded")
     history.add_argument("id", metavar="ID", help="an id, or the first digits of one")
@@ -166,6 +167,7 @@ def _add_signal(signal: Parser) -> None:
     signal.add_argument("--key", help="of signals with the same key the first counts")
     signal.add_argument("--token", help="the token of the wait, if it demands one")
     signal.add_argument("--actor", metavar="WHO", help="who sends it")
+    signal.add_argument("--app", metavar="MODULE:APP", help="code the payload with the codec of this App")
 
 
 def _add_demo(demo: Parser) -> None:
@@ -296,6 +298,7 @@ def _add_dead_letters(commands: Commands) -> None:
 
     show = _add_command(actions, "show", "show one, with its state")
     show.add_argument("id", metavar="ID", help="the workflow's id, or the first digits of it")
+    _add_reader(show)
 
     retry = _add_command(actions, "retry", "take stuck workflows up again where they stopped")
     _add_which_letters(retry)
@@ -304,7 +307,11 @@ def _add_dead_letters(commands: Commands) -> None:
         metavar="JSON|@FILE",
         help="an edited state in place of the one it stopped with (@- is standard input)",
     )
-    retry.add_argument("--app", metavar="MODULE:APP", help="check the edited state against the step of this App")
+    retry.add_argument(
+        "--app",
+        metavar="MODULE:APP",
+        help="check the edited state against the step of this App, and code it with its codec",
+    )
 
     purge = _add_command(actions, "purge", "end stuck workflows for good, as failed")
     _add_which_letters(purge)
@@ -322,7 +329,7 @@ def _add_schedules(commands: Commands) -> None:
         return made
 
     action("list", "list schedules")
-    action("show", "show one, with its next due times")
+    _add_reader(action("show", "show one, with its next due times"))
     create = action("create", "make one")
     create.add_argument("cron", metavar="CRON", help="five fields, as in '0 3 * * *', or @daily")
     create.add_argument("workflow", metavar="WORKFLOW")
@@ -372,6 +379,10 @@ def _add_shards(to: Parser) -> None:
 
 def _add_app(to: Parser) -> None:
     to.add_argument("--app", metavar="MODULE:APP", help="where your App is (default: the bundled examples)")
+
+
+def _add_reader(to: Parser) -> None:
+    to.add_argument("--app", metavar="MODULE:APP", help="read what is coded with the codec of this App")
 
 
 def _add_no_roles(to: Parser) -> None:

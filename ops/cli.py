@@ -104,6 +104,7 @@ def _signal(terminal: Terminal, target: Target, options: argparse.Namespace) -> 
         key=options.key,
         token=options.token,
         actor=options.actor,
+        app_address=options.app,
     )
 
 
@@ -292,7 +293,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
-    "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id),
+    "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id, app_address=options.app),
     "history": lambda terminal, target, options: replay.history(
         terminal, target, prefix=options.id, limit=options.limit
     ),
@@ -317,14 +318,18 @@ AUDIT: Mapping[str, Command] = {
 
 DEAD_LETTERS: Mapping[str, Command] = {
     "list": _dead_letters_list,
-    "show": lambda terminal, target, options: dead_letters.show(terminal, target, prefix=options.id),
+    "show": lambda terminal, target, options: dead_letters.show(
+        terminal, target, prefix=options.id, app_address=options.app
+    ),
     "retry": _dead_letters_retry,
     "purge": _dead_letters_purge,
 }
 
 SCHEDULES: Mapping[str, Command] = {
     "list": lambda terminal, target, options: schedules.list_(terminal, target),
-    "show": lambda terminal, target, options: schedules.show(terminal, target, name=options.name),
+    "show": lambda terminal, target, options: schedules.show(
+        terminal, target, name=options.name, app_address=options.app
+    ),
     "create": _schedules_create,
     "pause": lambda terminal, target, options: schedules.pause(
         terminal, target, name=options.name, reason=options.reason

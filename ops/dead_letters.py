@@ -11,16 +11,17 @@ import psycopg
 
 from durable_cluster import schema, side_statements
 from durable_cluster.app import App
+from durable_cluster.codec import TEXTS, Where, is_coded, state_of
 from durable_cluster.context import short_id
 from durable_cluster.envelope import encode
 from durable_cluster.errors import DurableError, UnknownWorkflow
-from durable_cluster.loading import load_app
 from durable_cluster.ops import letters
+from durable_cluster.ops.coded import CODED, app_of, payload_lines
 from durable_cluster.ops.letters import Filter, Letter, WholeLetter
 from durable_cluster.ops.run import parsed
 from durable_cluster.ops.show import checked_prefix, moment
 from durable_cluster.ops.target import Database, Target
-from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, pretty, table
+from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, table
 
 PREVIEWED = 5
 MESSAGE_CHARS_MAX = 70
@@ -28,7 +29,7 @@ WHY = {
     "attempts": "its last attempt failed",
     "given_up": "another attempt would not help",
     "crashes": "processes died while it ran",
-    "unroutable": "no running code knows it",
+    "unroutable": "no running code knows it, or can read it",
 }
 
 Connection = psycopg.Connection[Any]
@@ -73,13 +74,16 @@ def list_(terminal: Terminal, target: Target, *, which: Filter, limit: int) -> i
     return 0
 
 
-def show(terminal: Terminal, target: Target, *, prefix: str) -> int:
-    """One, by its workflow's id or the first digits of it."""
+def show(terminal: Terminal, target: Target, *, prefix: str, app_address: str | None) -> int:
+    """One, by its workflow's id or the first digits of it; ``app_address``: who reads what is coded."""
     digits = checked_prefix(prefix)
-    with target.opened() as database, _connected(database) as connection:
+    app = app_of(app_address)
+    with target.opened(app=app) as database, _connected(database) as connection:
         workflow_id, letter = _known(connection, digits)
         is_shown = letters.may_see_states(connection)
         state = letters.state(connection, workflow_id) if is_shown else None
+    if app is not None:
+        letter, state = _read(app, workflow_id, letter, state)
     shown = Shown(
         id=short_id(workflow_id),
         letter=letter,
@@ -96,13 +100,13 @@ def retry(
     """Take one stuck workflow up again, with its state or an edited one; ``app_address``: whose step the state has to fit."""
     digits = checked_prefix(prefix)
     value = None if state is None else parsed(state, option="--state")
-    app = None if app_address is None else load_app(app_address)
+    app = app_of(app_address)
     with target.opened(app=app) as database, _connected(database, actor) as connection:
         workflow_id, letter = _known(connection, digits)
         if state is None:
             side_statements.retry_dead_letter(connection, workflow_id)
         else:
-            payload = _payload(app, letter, value)
+            payload = _payload(connection, app, workflow_id, letter, value)
             side_statements.retry_dead_letter(connection, workflow_id, state=payload, seq=letter.seq)
     short = short_id(workflow_id)
     edited = "" if state is None else " with the edited state"
@@ -167,12 +171,27 @@ def _known(connection: Connection, digits: str) -> tuple[str, WholeLetter]:
     return found[0], letter
 
 
-def _payload(app: App | None, letter: WholeLetter, value: Any) -> str:
-    """An edited state as JSON that fits its step, where the app was named."""
-    if app is None:
-        return encode(value).decode()
-    app.named(letter.workflow).step_name(letter.step)
-    return app.encoded_state(letter.workflow, letter.step, value)
+def _read(app: App, workflow_id: str, letter: WholeLetter, state: str | None) -> tuple[WholeLetter, str | None]:
+    """What its step said and its state, as the app's codec reads them."""
+    said = app.payloads.unveiled(letter.details, Where(letter.workflow, "failure", workflow_id))
+    if state is not None:
+        where = state_of(letter.workflow, workflow_id, letter.seq, letter.attempt)
+        state = app.payloads.plain(state.encode(), where).decode()
+    return msgspec.structs.replace(letter, details=said), state
+
+
+def _payload(connection: Connection, app: App | None, workflow_id: str, letter: WholeLetter, value: Any) -> str:
+    """An edited state as the database gets it, if it fits its step, where the app was named."""
+    if app is not None:
+        app.named(letter.workflow).step_name(letter.step)
+        where = state_of(letter.workflow, workflow_id, letter.seq, letter.attempt)
+        return app.encoded_state(letter.workflow, letter.step, value, where)
+    state = letters.state(connection, workflow_id) if letters.may_see_states(connection) else None
+    if TEXTS in letter.details or (state is not None and is_coded(msgspec.Raw(state.encode()))):
+        raise BadUsage(
+            "its payloads are coded: name the App whose codec codes the edited state too, with --app module:app"
+        )
+    return encode(value).decode()
 
 
 def _all(
@@ -231,8 +250,10 @@ def _lines(shown: Shown) -> list[str]:
         f"  message   {letter.details.get('reason', 'unknown')}",
         *(f"    {line}" for line in str(letter.details.get("traceback", "")).splitlines()),
     ]
+    if TEXTS in letter.details:
+        lines.append(f"  text      {CODED}")
     if shown.state is not None:
-        lines += ["  state", *(f"    {line}" for line in pretty(shown.state).splitlines())]
+        lines += payload_lines("state", shown.state)
     elif shown.is_state_shown:
         lines.append("  state     cannot be read as JSON")
     else:

@@ -13,14 +13,16 @@ import psycopg
 
 from durable_cluster import schedule_statements, schema
 from durable_cluster.app import App
+from durable_cluster.codec import Where
 from durable_cluster.context import short_id
 from durable_cluster.cron import Cron
 from durable_cluster.errors import DatabaseError
+from durable_cluster.ops.coded import app_of, payload_lines
 from durable_cluster.ops.run import parsed
 from durable_cluster.ops.show import moment
 from durable_cluster.ops.start import EXAMPLES, loaded
 from durable_cluster.ops.target import Target
-from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, elapsed, pretty, table
+from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, elapsed, table
 from durable_cluster.schedule_statements import Schedule
 from durable_cluster.schedules import Schedules
 
@@ -58,13 +60,16 @@ def list_(terminal: Terminal, target: Target) -> int:
     return 0
 
 
-def show(terminal: Terminal, target: Target, *, name: str) -> int:
-    """One, with what is known of it."""
-    with _opened(target) as (schedules, connection):
+def show(terminal: Terminal, target: Target, *, name: str, app_address: str | None) -> int:
+    """One, with what is known of it; ``app_address``: who reads its input, if that is coded."""
+    app = app_of(app_address)
+    with _opened(target, app) as (schedules, connection):
         known = schedules.get(name)
         now = schedule_statements.now(connection)
         is_shown = schedule_statements.may_see_inputs(connection)
         payload = schedule_statements.payload(connection, name) if is_shown else None
+    if app is not None and payload is not None:
+        payload = app.payloads.plain(payload.encode(), Where(known.workflow, "input")).decode()
     coming = (
         [] if known.paused_at is not None else list(itertools.islice(Cron(known.cron, known.zone).later(now), COMING))
     )
@@ -245,4 +250,4 @@ def _input(shown: Shown) -> list[str]:
     if shown.input is None:
         return []
     due = [f"  due as    {shown.schedule.due_as}"] if shown.schedule.due_as else []
-    return [*due, "  input", *(f"    {line}" for line in pretty(shown.input).splitlines())]
+    return [*due, *payload_lines("input", shown.input)]

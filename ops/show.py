@@ -10,11 +10,14 @@ import msgspec
 import psycopg
 
 from durable_cluster import schema, search, side_statements, statements
+from durable_cluster.app import App
+from durable_cluster.codec import Where, is_coded
 from durable_cluster.context import SHORT_ID_DIGITS, short_id
 from durable_cluster.envelope import encode
 from durable_cluster.errors import UnknownWorkflow
+from durable_cluster.ops.coded import CODED, app_of, payload_lines
 from durable_cluster.ops.target import Target
-from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, pretty, table
+from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, table
 from durable_cluster.search import Which
 from durable_cluster.statements import Place, State
 
@@ -53,12 +56,13 @@ def list_(terminal: Terminal, target: Target, *, which: Which, limit: int, after
     return 0
 
 
-def show(terminal: Terminal, target: Target, *, prefix: str) -> int:
-    """One workflow, by its id or the first digits of it."""
+def show(terminal: Terminal, target: Target, *, prefix: str, app_address: str | None) -> int:
+    """One workflow, by its id or the first digits of it; ``app_address``: who reads what is coded."""
     digits = checked_prefix(prefix)
-    with target.opened() as database, database.connect("show") as connection:
+    app = app_of(app_address)
+    with target.opened(app=app) as database, database.connect("show") as connection:
         schema.demand_installed(connection)
-        shown = _known(connection, digits)
+        shown = _known(connection, digits, app)
     terminal.answer(shown, _lines(shown))
     return 0
 
@@ -91,7 +95,7 @@ def _unknown(digits: str) -> UnknownWorkflow:
     return UnknownWorkflow(f"no workflow begins with {short_id(digits)} in this database; see 'durable-cluster list'")
 
 
-def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
+def _known(connection: psycopg.Connection[Any], digits: str, app: App | None) -> Shown:
     workflow_id = whole_id(connection, digits)
     state = statements.state_of(connection, workflow_id)
     if state is None:
@@ -100,17 +104,18 @@ def _known(connection: psycopg.Connection[Any], digits: str) -> Shown:
     places = statements.locate(connection, workflow_id) if state.status == "running" else []
     if state.status == "running" and not places:
         state = statements.state_of(connection, workflow_id) or state
-    shown = _shown(short_id(workflow_id), state, places)
-    published = side_statements.progress_of(connection, workflow_id)
-    return msgspec.structs.replace(
-        shown,
-        attributes=msgspec.json.decode(side_statements.attributes_of(connection, workflow_id)),
-        progress=None if published is None else msgspec.json.decode(published),
-    )
-
-
-def _shown(short: str, state: State, places: list[Place]) -> Shown:
     value = None if state.output is None else msgspec.json.decode(state.output)
+    published = side_statements.progress_of(connection, workflow_id)
+    progress = None if published is None else msgspec.json.decode(published)
+    if app is not None:
+        value = app.payloads.ended(state.workflow, workflow_id, state.status, value)
+        progress = app.payloads.value(progress, Where(state.workflow, "progress", workflow_id))
+    shown = _shown(short_id(workflow_id), state, value, places)
+    attributes = msgspec.json.decode(side_statements.attributes_of(connection, workflow_id))
+    return msgspec.structs.replace(shown, attributes=attributes, progress=progress)
+
+
+def _shown(short: str, state: State, value: Any, places: list[Place]) -> Shown:
     is_failed = state.status in ("failed", "stuck", "cancelled")
     return Shown(
         id=short,
@@ -135,7 +140,7 @@ def _lines(shown: Shown) -> list[str]:
     if shown.attributes:
         lines.append(f"  found by  {_told(shown.attributes)}")
     if shown.progress is not None:
-        lines.append(f"  progress  {encode(shown.progress).decode()}")
+        lines.append(f"  progress  {CODED if is_coded(shown.progress) else encode(shown.progress).decode()}")
     lines += [f"  stands    {_standing(place, shown.id)}" for place in shown.places if place.place != "stuck"]
     if shown.status == "running" and not shown.places:
         lines.append("  stands    between two steps at the moment of looking")
@@ -151,7 +156,7 @@ def _lines(shown: Shown) -> list[str]:
             f"  next      {PROGRAM} dead-letters retry {shown.id}; its state: {PROGRAM} dead-letters show {shown.id}"
         )
     elif shown.status == "completed":
-        lines += ["  output", *(f"    {line}" for line in pretty(shown.output).splitlines())]
+        lines += payload_lines("output", shown.output)
     return lines
 
 

@@ -15,6 +15,8 @@ DURABLE = (
     *("attributes", "progress", "schedules", "schedule_runs"),
     *("maintain", "retention", "views", "search", "replay", "fork", "grants"),
 )
+TESTING = ("clock",)
+"""What the testing kit installs besides, in databases of its own."""
 
 
 def read(folder: str, name: str) -> str:

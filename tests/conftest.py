@@ -10,12 +10,13 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from databases import Databases, server_in_memory
+from databases import Databases
 from psycopg.conninfo import make_conninfo
 
 from durable_cluster import Settings, schema
 from durable_cluster.shards.messages import ClusterConfig
 from durable_cluster.shards.supervisor import Supervisor
+from durable_cluster.testing.server import server_in_memory
 
 SHARDS = 2
 TEMPLATE = "durable_template"

@@ -10,41 +10,16 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from durable_cluster.embedded import EmbeddedPostgres
-
-MEMORY = Path("/dev/shm")
-MEMORY_FREE_BYTES_MIN = 2 << 30
-STOP_S_MAX = 30.0
 LEAVING_S_MAX = 0.5
 KEPT = 2
-FAST = {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}
 
 _numbers = itertools.count(1)
-
-
-@contextmanager
-def server_in_memory(otherwise: Path, bin_dir: Path | None) -> Iterator[str]:
-    """The DSN of a server whose data are in memory, or in ``otherwise`` where memory is scarce; gone with this."""
-    home = _in_memory()
-    try:
-        with EmbeddedPostgres(home or otherwise, bin_dir, FAST) as embedded:
-            yield embedded.dsn
-    finally:
-        if home is not None:
-            _await_end(home)
-            shutil.rmtree(home, ignore_errors=True)
 
 
 class Databases:
@@ -128,22 +103,3 @@ class Databases:
         cursor = self._admin.execute(statement.encode())
         row = cursor.fetchone() if cursor.description else None
         return str(row[0]) if row else ""
-
-
-def _in_memory() -> Path | None:
-    """A new directory in memory, after those of killed runs were removed; None where there is little room."""
-    if not MEMORY.is_dir() or not os.access(MEMORY, os.W_OK):
-        return None
-    for old in MEMORY.glob("durable-test-*"):
-        found = re.match(r"durable-test-(\d+)-", old.name)
-        if found and not Path(f"/proc/{found[1]}").exists() and old.stat().st_uid == os.geteuid():
-            shutil.rmtree(old, ignore_errors=True)
-    if shutil.disk_usage(MEMORY).free < MEMORY_FREE_BYTES_MIN:
-        return None
-    return Path(tempfile.mkdtemp(prefix=f"durable-test-{os.getpid()}-", dir=MEMORY))
-
-
-def _await_end(home: Path) -> None:
-    deadline = time.monotonic() + STOP_S_MAX
-    while (home / "pgdata" / "postmaster.pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)

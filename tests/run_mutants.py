@@ -139,7 +139,7 @@ def server() -> Iterator[None]:
     if os.environ.get("DURABLE_TEST_DSN"):
         yield
         return
-    from databases import server_in_memory
+    from durable_cluster.testing.server import server_in_memory
 
     bin_dir = os.environ.get("DURABLE_PG_BIN")
     with (

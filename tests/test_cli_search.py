@@ -13,8 +13,7 @@ import psycopg
 import pytest
 from said import Said, Say
 
-from durable_cluster import Handle, UnknownWorkflow, side_statements
-from durable_cluster.client import Client
+from durable_cluster import App, Handle, UnknownWorkflow, side_statements
 from durable_cluster.ops.cli import main
 
 FLOWS = """
@@ -98,7 +97,7 @@ def test_the_audit_is_switched_listed_and_exported(say: Say, dsn: str, monkeypat
     monkeypatch.setenv("DURABLE_ACTOR", "bob")
     whole = started(say)
     assert say("cancel", whole[:12], "--actor", "carl").code == 0
-    client = Client(dsn=dsn, data=None, encode_state=lambda *_: "", encode_fork=lambda *_: "")
+    client = App("other", dsn=dsn).client
     with pytest.raises(UnknownWorkflow):
         Handle(client, "flow", "0" * 32).signal("go")
     client.close()

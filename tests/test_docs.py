@@ -1,30 +1,26 @@
 """The documents are true: each statement of docs/sql.md is executed, in order, and gives the result that stands below it.
 
-So are the programs of docs/linear.md.
+So are the programs and commands of docs/linear.md, docs/guide and docs/coming-from.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from itertools import zip_longest
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psycopg
 import pytest
+from documents import Psql, blocks_of, compare, fits, last_of, session
 
 from durable_cluster import App, errors
 
 DOCS = Path(__file__).parent.parent / "docs"
 SQL_PAGE = (DOCS / "sql.md").read_text("utf-8")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-KEPT = re.compile(r"\s*\\gset\s*$")
-ANY = "…"
+PAGES = [DOCS / "linear.md", *sorted((DOCS / "guide").glob("*.md")), *sorted((DOCS / "coming-from").glob("*.md"))]
+FROM_NOTHING = "quickstart.md"
 
 OFFERED = (
     "select distinct p.proname from pg_proc p cross join lateral aclexplode(p.proacl) a"
@@ -39,105 +35,12 @@ ARGUMENTS = (
 )
 
 
-class Block(msgspec.Struct, frozen=True):
-    """Statements, and what the page shows as the last result among them, if it does."""
-
-    statements: list[str]
-    shown: str | None
-
-
-def statements_of(text: str) -> list[str]:
-    """A statement ends with a line's last ``;`` or with ``\\gset``, outside of ``$$``."""
-    found, lines = [], []
-    for line in text.splitlines():
-        lines.append(line)
-        statement = "\n".join(lines).strip()
-        if re.search(r"(;|\\gset)$", line) and statement.count("$$") % 2 == 0:
-            found.append(statement.removesuffix(";"))
-            lines = []
-    assert not "".join(lines).strip(), f"a statement without an end: {lines}"
-    return found
-
-
-def blocks_of(page: str) -> list[Block]:
-    """The page's ``sql`` blocks; a block without a language right behind one is what it gives."""
-    fences = [(found, found[1], found[2]) for found in FENCE.finditer(page)]
-    blocks = []
-    for (found, language, text), after in zip_longest(fences, fences[1:]):
-        if language == "sql":
-            is_shown = after is not None and not after[1] and not page[found.end() : after[0].start()].strip()
-            blocks.append(Block(statements_of(text), after[2] if is_shown else None))
-    return blocks
-
-
-def rows_of(table: str) -> list[list[str]]:
-    """Names and cells of a table as psql draws it."""
-    lines = [line for line in table.splitlines() if not re.fullmatch(r"[-+]+", line)]
-    return [[cell.strip() for cell in line.split("|")] for line in lines]
-
-
-def fits(shown: str, said: str) -> bool:
-    """Whether they are equal, but for what ``…`` stands for."""
-    return re.fullmatch(".*".join(map(re.escape, shown.split(ANY))), said, re.DOTALL) is not None
-
-
-class Psql:
-    """What this page uses of psql: ``\\gset``, ``:'name'``, and results as text."""
-
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
-        self._connection = connection
-        self._kept: dict[str, str] = {}
-
-    def run(self, statement: str) -> list[list[str]] | str:
-        """Names and rows, or the error as psql says it."""
-        query = re.sub(r":'(\w+)'", lambda found: f"'{self._kept[found[1]]}'", KEPT.sub("", statement))
-        try:
-            cursor = self._connection.execute(query.encode())
-        except psycopg.Error as error:
-            return f"ERROR:  {error.sqlstate}: {error.diag.message_primary}"
-        rows = self._rows(cursor)
-        if KEPT.search(statement):
-            names, values = rows
-            self._kept.update(zip(names, values, strict=True))
-        return rows
-
-    def _rows(self, cursor: psycopg.Cursor[Any]) -> list[list[str]]:
-        result = cursor.pgresult
-        if cursor.description is None or result is None:
-            return []
-        cells = [
-            [(result.get_value(row, column) or b"").decode() for column in range(result.nfields)]
-            for row in range(result.ntuples)
-        ]
-        return [[column.name for column in cursor.description], *cells]
-
-
 def run_what_waits(shop: App, dsn: str) -> None:
     """What the cluster of the page does between two blocks."""
     with psycopg.connect(dsn) as other:
         (has_work,) = other.execute("select bool_or(has_work) from durable.shard_status()").fetchone() or (None,)
     if has_work:
         shop.run(until_idle=True)
-
-
-def last_of(results: list[list[list[str]] | str]) -> list[list[str]] | str:
-    """The last that is one: a ``commit`` gives none. An error is the last, or not expected."""
-    told = [result for result in results if result]
-    assert told, "no statement gave a result"
-    assert all(isinstance(result, list) for result in told[:-1]), told
-    return told[-1]
-
-
-def compare(said: list[list[str]] | str, shown: str) -> None:
-    """Assert that a result is what the page shows."""
-    if isinstance(said, str):
-        assert fits(shown.strip(), said), said
-        return
-    expected = rows_of(shown)
-    assert len(said) == len(expected), said
-    for row, wanted in zip(said, expected, strict=True):
-        assert len(row) == len(wanted), said
-        assert all(map(fits, wanted, row)), said
 
 
 @pytest.fixture
@@ -207,7 +110,7 @@ def test_a_result_that_is_not_shown_as_it_is_is_found() -> None:
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:
-    for document in [DOCS.parent / "README.md", *DOCS.glob("*.md"), *(DOCS.parent / "examples").rglob("*.md")]:
+    for document in [DOCS.parent / "README.md", *DOCS.rglob("*.md"), *(DOCS.parent / "examples").rglob("*.md")]:
         text = document.read_text("utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)\s]*)?\)", text):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
@@ -219,19 +122,30 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
             assert anchor in headings, f"{document.name} links to #{anchor}"
 
 
-def test_the_page_on_linear_workflows_runs_as_one_program_and_prints_what_stands_below(
-    dsn: str, tmp_path: Path
-) -> None:
-    fences = [(found[1], found[2]) for found in FENCE.finditer((DOCS / "linear.md").read_text("utf-8"))]
-    program = tmp_path / "page.py"
-    program.write_text("\n".join(text for language, text in fences if language == "python"))
-    done = subprocess.run(
-        [sys.executable, program],
-        env={**os.environ, "DURABLE_DSN": dsn},
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=120,
-    )
-    assert done.stderr == ""
-    assert done.stdout == "".join(text for language, text in fences if language == "text")
+def test_the_pages_are_found() -> None:
+    assert {page.parent.name for page in PAGES} == {"docs", "guide", "coming-from"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_a_page_does_what_it_shows(page: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Each on a database of its own; the first page of all on a machine where nothing has been set up."""
+    variables = {} if page.name == FROM_NOTHING else {"DURABLE_DSN": request.getfixturevalue("dsn")}
+    with session(tmp_path, **variables) as played:
+        played.play(page.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("page", "is_true"),
+    [
+        ("```sh\necho 1\n```\n```text\n1\n```\n", True),
+        ("```sh\necho 1\n```\n```text\n2\n```\n", False),
+        ("```sh\nfalse\n```\n", False),
+        ("```python\nprint(1)\n```\n```text\n1\n```\n```python\nprint(2)\n```\n```text\n2\n```\n", True),
+        ("```python\nprint(1)\n```\n```text\n1\n```\n```python\nprint(2)\n```\n", False),
+        ("```python\n# one.py\nx = 1\n```\n```sh\npython -c 'import one; print(one.x)'\n```\n```text\n1\n```\n", True),
+        ("```ruby\nputs 1\n```\n", False),
+    ],
+)
+def test_a_page_that_says_something_else_is_found(tmp_path: Path, page: str, is_true: bool) -> None:
+    with session(tmp_path) as played, nullcontext() if is_true else pytest.raises(AssertionError):
+        played.play(page)

@@ -213,7 +213,7 @@ def test_a_module_opens_with_a_sentence(module: str) -> None:
 def test_each_sql_file_is_installed(path: Path) -> None:
     from durable_cluster import sql
 
-    listed = {"migrations": sql.MIGRATIONS, "engine": sql.ENGINE, "durable": sql.DURABLE}
+    listed = {"migrations": sql.MIGRATIONS, "engine": sql.ENGINE, "durable": sql.DURABLE, "testing": sql.TESTING}
     assert path.stem in listed[path.parent.name]
 
 

@@ -753,6 +753,58 @@ def test_a_run_that_was_past_a_patch_does_not_take_it(app: App) -> None:
     assert (old.result(timeout=1), new.result(timeout=1)) == (1, 2)
 
 
+@pytest.mark.parametrize("waits_for", ["a signal", "a time", "a step", "a child"])
+def test_a_run_that_waits_right_behind_a_patch_is_past_it(
+    app: App, clock: Callable[[float], None], waits_for: str
+) -> None:
+    def declare(app: App, *, is_patched: bool) -> Any:
+        @app.step(retry=ONCE)
+        async def fragile(n: int) -> int:
+            if not is_patched:
+                raise ValueError("not yet")
+            return n
+
+        @app.step
+        def add(n: int) -> int:
+            return n + 10
+
+        @app.workflow
+        async def child() -> None:
+            await wait_for("go")
+
+        @app.workflow
+        async def work(n: int) -> int:
+            if is_patched and patched("first"):
+                n = await add(n)
+            match waits_for:
+                case "a signal":
+                    await wait_for("go")
+                case "a time":
+                    await sleep("1h")
+                case "a step":
+                    await fragile(n)
+                case "a child":
+                    await child.spawn()
+            return await add(n) if is_patched and patched("second") else n
+
+        return work
+
+    old = declare(app, is_patched=False).start(0)
+    app.run(until_idle=True)
+    with another(app) as after:
+        new = declare(after, is_patched=True).start(0)
+        after.run(until_idle=True)
+        if waits_for == "a step":
+            old.retry()
+        clock(7200)
+        for handle in (
+            (old, new) if waits_for == "a signal" else [after.get(one.id) for h in (old, new) for one in h.children()]
+        ):
+            handle.signal("go")
+        after.run(until_idle=True)
+    assert (old.result(timeout=1), new.result(timeout=1)) == (10, 20)
+
+
 def test_what_is_not_the_same_again_is_recorded(app: App) -> None:
     made = []
 

@@ -24,6 +24,7 @@ from durable_cluster import (
     Settings,
     TerminalError,
     UnknownWorkflow,
+    Where,
     WorkflowFailed,
     WorkflowHandle,
     WorkflowStuck,
@@ -1077,6 +1078,39 @@ def test_code_that_does_not_fit_leaves_the_fork_stuck_and_a_retry_goes_on(plain:
     second.retry()
     assert ran(plain, second) == "shipped, receipt for 30"
     assert did.taken() == ["ship"]
+
+
+class Bound:
+    """A codec whose values are of use only where they were made."""
+
+    def encode(self, payload: bytes, where: Where) -> bytes:
+        return where.bound + b"|" + payload[::-1]
+
+    def decode(self, coded: bytes, where: Where) -> bytes:
+        assert coded.startswith(where.bound + b"|"), "another value"
+        return coded[len(where.bound) + 1 :][::-1]
+
+
+@pytest.mark.parametrize("kind", [orders, machine_of])
+def test_what_a_codec_has_coded_is_started_anew_and_not_cut(dsn: str, did: Ran, kind: Callable[..., Any]) -> None:
+    app = App("again", dsn=dsn, codec=Bound())
+    did.broken = {"charge"}
+    first = kind(app, did).start(3)
+    app.run(until_idle=True)
+    assert first.status() == "stuck"
+    refused = [first.replay, lambda: first.fork("charge"), lambda: first.fork("2 charge"), first.history]
+    for act in refused if kind is orders else refused[:2]:
+        with pytest.raises(InvalidState, match="is coded by its app's codec"):
+            act()
+    did.broken = set()
+    assert "receipt for 30" in ran(app, first.fork())
+    assert "receipt for 40" in ran(app, first.fork(input=4))
+    first.cancel()
+    app.run(until_idle=True)
+    assert "receipt for 30" in ran(app, first.replay())
+    if kind is machine_of:
+        assert ran(app, first.fork("charge", 5)) == "receipt for 5"
+    app.close()
 
 
 # Who did it, and who may.

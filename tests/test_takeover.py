@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -269,3 +274,63 @@ def test_a_silent_window_is_taken_over_while_the_taker_has_one_of_its_own_open(
     until_idle(second)
     assert {handle.status() for handle in [*left, *mine]} == {"completed"}
     assert set(RUNS.values()) == {1}
+
+
+KILLED = """
+import os, signal, sys, time
+from durable_cluster import App, Settings
+
+app = App("mortal", settings=Settings(dead_interval_s=1.0, takeover_probe_s=0.05))
+
+@app.step
+async def beside(n: int) -> int:
+    if sys.argv[1:] == ["die beside"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n
+
+@app.step
+def inside(n: int) -> int:
+    if sys.argv[1:] == ["die inside"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n + 1
+
+@app.workflow
+async def mortal(n: int) -> int:
+    return await inside(await beside(n))
+
+if __name__ == "__main__":
+    handle = mortal.start(1, key="one")
+    app.run(until_idle=True)
+    print(handle.status())
+"""
+
+
+@pytest.mark.parametrize("fate", ["die beside", "die inside"])
+def test_a_run_until_idle_waits_for_what_a_killed_run_left(dsn: str, tmp_path: Path, fate: str) -> None:
+    (tmp_path / "mortal.py").write_text(KILLED)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "DURABLE_DSN": dsn}
+        command = [sys.executable, "mortal.py", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    assert run(fate).returncode == -signal.SIGKILL
+    done = run()
+    assert (done.stdout, done.stderr) == ("completed\n", "")
+
+
+def test_what_the_living_hold_is_no_orphan(
+    dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer]
+) -> None:
+    app = counting(dsn)
+    app.named("count").start_many(list(range(300)))
+    living, other = consume(app), consume(app)
+    one_page(living)
+    assert conn.execute("select count(*) from durable.win").fetchone() == (2,)
+    assert not other.expects_work(0)
+    conn.execute("update durable.win set owner = 7")
+    assert other.expects_work(0)
+    conn.execute("update durable.shard set is_paused = true")
+    assert not other.expects_work(0)

@@ -1,7 +1,8 @@
--- durable.now(): the one clock. The testing kit replaces this function in the databases it installs; nothing else may.
+-- durable.now(): the one clock. Nothing sets it, but in databases that the testing kit made: see testing/clock.sql.
 create or replace function durable.now() returns timestamptz
 language sql volatile parallel safe
 as $$ select clock_timestamp() $$;
+drop sequence if exists durable.test_clock;
 
 -- durable.today(): the UTC day in days since 1970.
 create or replace function durable.today() returns int

@@ -59,6 +59,8 @@ begin
         raise exception 'give the state of step ''%'' as the input: its own is known only while the workflow is stuck there', i_at
             using errcode = 'DC002';
     elsif v_line is not null then
+        perform durable.demand_plain(i_first.id, case when i_state is null then (v_line -> 'd')::text end);
+        perform durable.demand_plain(i_first.id, (v_line -> 'e' -> 'payload')::text);
         v_state := coalesce(v_state, durable.unveiled((v_line -> 'd')::text));
         v_more := coalesce(',"e":' || durable.unveiled((v_line -> 'e')::text), '') || coalesce(',"j":' || (v_line -> 'j')::text, '');
         v_children := case when v_line -> 'j' is null then 0 else coalesce((select g.total from durable.group_of(i_first.id) g), 0) end;
@@ -88,6 +90,7 @@ declare
     v_ended int;
     v_id uuid;
 begin
+    perform durable.demand_plain(i_first.id, v_carried::text);
     if v_carried is null then
         perform durable.no_memo(i_first.id, i_first.workflow);
     end if;

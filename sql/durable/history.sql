@@ -111,6 +111,24 @@ exception when data_exception or program_limit_exceeded then
 end
 $$;
 
+-- durable.is_coded(json): whether a codec of the app's has made this of a value: nothing here can look into it.
+create or replace function durable.is_coded(i_json text) returns boolean
+language sql immutable
+as $$ select coalesce(starts_with(i_json, '{"$codec":'), false) $$;
+
+-- durable.demand_plain(id, json): raises DC006 for a value that is coded, and bound to the workflow it is of.
+create or replace function durable.demand_plain(i_id uuid, i_json text) returns void
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+begin
+    if durable.is_coded(i_json) then
+        raise exception 'what workflow %… carries is coded by its app''s codec, and only of use to itself; retry it, or cancel it and replay it when it'
+            ' has ended, or fork it from its beginning', durable.short(i_id) using errcode = 'DC006';
+    end if;
+end
+$$;
+
 -- durable.no_memo(id, workflow): raises DC006: of this workflow nothing is kept that one could go on from.
 create or replace function durable.no_memo(i_id uuid, i_workflow text) returns void
 language plpgsql
@@ -118,7 +136,7 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
     raise exception 'nothing is kept of what workflow %… (''%'') had behind it: it completed, and its kind is not declared with keeps_memo=True, or'
-        ' it had too much; it can be replayed, and forked from its beginning', durable.short(i_id), i_workflow using errcode = 'DC006';
+        ' it had too much, or its app has a codec; it can be replayed, and forked from its beginning', durable.short(i_id), i_workflow using errcode = 'DC006';
 end
 $$;
 
@@ -144,6 +162,7 @@ begin
         return;
     end if;
     v_carried := durable.carried_of(i_id);
+    perform durable.demand_plain(i_id, v_carried::text);
     if v_carried is null then
         perform durable.no_memo(i_id, v_workflow);
     end if;

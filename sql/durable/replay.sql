@@ -123,6 +123,7 @@ begin
         return;
     end if;
     v_refusal := durable.replay_refusal(i_id);
+    perform durable.demand_plain(i_id, v_first.input);
     if v_refusal is null and not durable.start_over(v_first, i_actor) then
         v_refusal := format('workflow %s… is not stuck any more: somebody retried, replayed or purged it at this moment', durable.short(i_id));
     end if;

@@ -10,7 +10,8 @@ as $$
         || case when i_due = date_trunc('second', i_due) then '' else to_char(i_due at time zone 'UTC', '.US') end || 'Z'
 $$;
 
--- durable.scheduled_input(input, field, due, zone): the input with the due time in that field, as the clocks of the zone show it.
+-- durable.scheduled_input(input, field, due, zone): the input with the due time in that field, as the clocks of the zone show it; at its
+-- end: what tells a coded input apart is its begin.
 create or replace function durable.scheduled_input(i_input text, i_due_as text, i_due timestamptz, i_zone text) returns text
 language plpgsql stable
 set search_path = pg_catalog, durable, pg_temp set timezone = 'UTC'
@@ -20,8 +21,8 @@ begin
         return i_input;
     end if;
     perform set_config('timezone', i_zone, true);
-    return '{' || to_json(i_due_as) || ':' || to_json(i_due)
-        || case when i_input ~ '^\s*\{\s*\}\s*$' then '}' else ',' || substr(ltrim(i_input, E' \t'), 2) end;
+    return left(rtrim(i_input, E' \t'), -1) || case when i_input ~ '^\s*\{\s*\}\s*$' then '' else ',' end
+        || to_json(i_due_as) || ':' || to_json(i_due) || '}';
 end
 $$;
 

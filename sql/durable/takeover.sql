@@ -22,6 +22,21 @@ begin
 end
 $$;
 
+-- durable.has_orphans(): whether a process that has no session (any more) holds a window or runs detached steps: once it has been silent
+-- for long enough, others go on with them. Reads only; a consumer's session bears its owner's bits in its name.
+create or replace function durable.has_orphans() returns boolean
+language sql volatile
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select exists (
+        select from (select w.owner from durable.win w join durable.shard s on s.shard = w.shard and not s.is_paused
+                     union all select l.owner from durable.lease l
+                     where exists (select from durable.detached d where d.owner = l.owner)) held
+        where not exists (
+            select from pg_stat_activity a
+            where a.datname = current_database() and a.application_name like '% c' || lpad(to_hex(held.owner), 16, '0')))
+$$;
+
 -- durable.mark_suspect(batch, owner, done): before a suspect runs: one crash more, committed first. How many that makes.
 create or replace function durable.mark_suspect(i_batch bigint, i_owner bigint, i_done durable.cursor) returns int
 language plpgsql security definer
