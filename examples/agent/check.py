@@ -5,6 +5,7 @@ Then transcripts and effects are compared with what they must be.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -22,11 +23,13 @@ import psycopg
 
 from durable_cluster import Handle, WorkflowFailed
 from durable_cluster.examples.agent.flows import TURNS_MAX, Question, agent, app, prepare, transcript
-from durable_cluster.examples.agent.model_stub import World
+from durable_cluster.examples.agent.linear import assistant, heard
+from durable_cluster.examples.agent.model_stub import PARTS, World
 
 WAIT_S = 60.0
 END_S = 30.0
 BROKEN = "order 17 arrived broken"
+REFUND = {"tool": "refund", "argument": {"order": 17, "eur": 40}}
 FACTS = ["a lamp, 40 EUR, delivered on Monday", "what arrives broken is refunded", {"error": "there is no tool dance"}]
 
 Connection = psycopg.Connection[Any]
@@ -40,7 +43,7 @@ def check() -> int:
         threading.Thread(target=world.serve_forever, daemon=True).start()
         with cluster(app.client.dsn):
             stage = Stage(connection, world, f"check-{token_hex(4)}")
-            compared = [*stage.killed(), *stage.endless(), *stage.cancelled()]
+            compared = [*stage.killed(), *stage.endless(), *stage.cancelled(), *stage.linear()]
         world.shutdown()
     for what, expected, found in compared:
         print(f"✓ {what}" if expected == found else f"✗ {what}: {found}, not {expected}")
@@ -50,7 +53,7 @@ def check() -> int:
 @contextmanager
 def cluster(dsn: str) -> Generator[None]:
     """A cluster in a process of its own, which replaces the processes that are killed."""
-    words = [sys.executable, "-m", "durable_cluster.ops", "start", "--app", "durable_cluster.examples.agent.flows:app"]
+    words = [sys.executable, "-m", "durable_cluster.ops", "start", "--app", "durable_cluster.examples.agent.linear:app"]
     spare = ["--consumers-per-shard", "2", "--log-level", "error"]
     with (
         TemporaryDirectory() as data,
@@ -133,6 +136,42 @@ class Stage:
                 (last, self.approvals()),
             ),
             ("and does nothing any more", effects + 1, len(self._world.effects)),
+        ]
+
+    def linear(self) -> list[Compared]:
+        """The same as a function, killed at the same places; whoever looks on hears of the turns, and is asked."""
+        turns, effects = len(self._world.turns), len(self._world.effects)
+        in_a_turn, mail = self._world.hold("turns"), self._world.hold("effects")
+        conversation = f"{self._trial}-linear"
+        handle = assistant.start(Question(conversation, self._world.address, BROKEN), key=conversation)
+        os.kill(in_a_turn(WAIT_S), signal.SIGKILL)
+        os.kill(mail(WAIT_S), signal.SIGKILL)
+        told: list[Any] = []
+
+        async def look_on() -> None:
+            async for progress in heard(handle):
+                told.append(progress)
+                if progress and "asks" in progress:
+                    await handle.signal_async("approved", key="once", actor="Grace")
+
+        asyncio.run(asyncio.wait_for(look_on(), WAIT_S))
+        done = [effect.tool for effect in self._world.effects.values()][effects:]
+        endless = assistant.start(Question("endless", self._world.address, "what is it all about?"))
+        try:
+            found = endless.result(timeout=WAIT_S)
+        except WorkflowFailed as error:
+            found = error.reason
+        return [
+            ("the function's answer", "The lamp is refunded.", handle.result(timeout=WAIT_S)),
+            ("its effects, once each", ["mail", "refund"], sorted(done)),
+            ("its turns, once each", 3, len(self._world.turns) - turns - TURNS_MAX),
+            (
+                "its onlookers heard who was asked for what",
+                {"asks": REFUND},
+                next((t for t in told if "asks" in t), told),
+            ),
+            ("and of the last turn", {"turn": 2, "parts": PARTS}, told[-1]),
+            ("it takes no more turns than it may", f"no answer within {TURNS_MAX} turns", found),
         ]
 
     def ask(self, name: str, text: str) -> Handle:
