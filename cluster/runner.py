@@ -37,7 +37,7 @@ async def run_beside(app: App, *, until_idle: bool, limit: timedelta | None) -> 
 def run_here(
     app: App, *, until_idle: bool, limit: timedelta | None, should_end: Callable[[], bool] = lambda: False
 ) -> int:
-    """Run until nothing is ready, due within a minute or left by the dead, the limit is over, it should end, or for ever. Steps run."""
+    """Run until nothing is ready, due within a minute or left by a process that died; or the limit is over; or it should end."""
     stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
 
     def is_over() -> bool:
