@@ -42,6 +42,7 @@ from durable_cluster.errors import (
     EmbeddedError,
     HandlerError,
     InputError,
+    InvalidState,
     NonDeterminismError,
     NotInstalled,
     ResultTimeout,
@@ -60,6 +61,7 @@ from durable_cluster.joins import Child, ChildResult, Results
 from durable_cluster.limits import Limit
 from durable_cluster.linear import Workflow
 from durable_cluster.machine import Machine
+from durable_cluster.replays import Recorded
 from durable_cluster.retry import Retry
 from durable_cluster.schedule_statements import Schedule
 from durable_cluster.search import Listed
@@ -87,11 +89,13 @@ __all__ = [
     "Handle",
     "HandlerError",
     "InputError",
+    "InvalidState",
     "Limit",
     "Listed",
     "Machine",
     "NonDeterminismError",
     "NotInstalled",
+    "Recorded",
     "ResultTimeout",
     "Results",
     "Retry",

@@ -22,6 +22,7 @@ from durable_cluster.limits import Limit
 from durable_cluster.linear import Workflow
 from durable_cluster.machine import Machine
 from durable_cluster.notes import Attributes
+from durable_cluster.replay_statements import Declared
 from durable_cluster.retry import Retry
 from durable_cluster.runner import run_beside, run_here
 from durable_cluster.schedule_statements import Plan
@@ -71,7 +72,11 @@ class App:
         self.secret: bytes | None = None
         self.runs_alone = False
         self.client = Client(
-            dsn=dsn, data=Path(data) if data else None, encode_state=self.encoded_state, payloads=self.payloads
+            dsn=dsn,
+            data=Path(data) if data else None,
+            encode_state=self.encoded_state,
+            encode_fork=self.encoded_fork,
+            payloads=self.payloads,
         )
 
     def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:
@@ -157,7 +162,7 @@ class App:
     def workflow(self, function: Callable[[In], R], /) -> Workflow[In, R]: ...
     @overload
     def workflow(
-        self, *, name: str | None = None, version: int = 1, limit: Limit | None = None
+        self, *, name: str | None = None, version: int = 1, limit: Limit | None = None, keeps_memo: bool = False
     ) -> WorkflowDecorator: ...
     def workflow(
         self,
@@ -166,11 +171,13 @@ class App:
         name: str | None = None,
         version: int = 1,
         limit: Limit | None = None,
+        keeps_memo: bool = False,
     ) -> Any:
         """Make a function a workflow: linear code whose awaits of steps, sleeps, signals and children are checkpoints.
 
         It takes one input, or none. Between its awaits it has to come to the same again: time, chance and I/O belong into steps,
         ``now()``, ``uuid4()``, ``random()`` and ``side_effect()``. ``limit``: how many may live at once, or begin a period.
+        ``keeps_memo``: one that completed keeps what it recorded, for ``history()`` and ``fork()``, as the others do in any case.
         ``version``: a whole number; a workflow goes on with the code of its version if there is any (under the same ``name``), else
         with that of the next version, and waits where all code is older. Raises AppError.
         """
@@ -179,6 +186,7 @@ class App:
             if not callable(function):
                 raise AppError(f"@app.workflow makes a function a workflow; app.named({function!r}) finds one")
             made: Workflow[Any, Any] = Workflow(self, function, name=name, version=version, limit=limit)
+            made.keeps_memo = keeps_memo
             self._add(made)
             return made
 
@@ -209,6 +217,10 @@ class App:
                 f"app '{self.name}' has no workflow '{name}'; it has {', '.join(self.machines) or 'none'}"
             )
         return self.machines[name]
+
+    def declared_types(self) -> Sequence[Declared]:
+        """What the database is told of the workflows that can be started."""
+        return [machine.declared() for machine in self.machines.values() if machine.first is not None]
 
     def schedule(
         self,
@@ -249,12 +261,14 @@ class App:
         started_to: datetime | None = None,
         parent: str | None = None,
         key: str | None = None,
+        origin: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> Sequence[Listed]:
         """Workflows of the database, newest first, ids truncated; ``after``: the ``cursor`` of the last one so far.
 
-        ``attributes``: those that have all of these. ``parent``: an id, whole or its first digits. More than ``limit`` (at most
+        ``attributes``: those that have all of these. ``parent``: an id, whole or its first digits; ``origin``: likewise, of
+        what they were replayed or forked from. More than ``limit`` (at most
         10,000) come only where several share their moment and digits. The database role has to be a viewer. Raises InputError.
         """
         which = Which(
@@ -265,6 +279,7 @@ class App:
             started_to=started_to,
             parent=parent,
             key=key,
+            origin=origin,
         )
         return listed(self.client.connection(), which, limit=limit, after=after)
 
@@ -284,6 +299,12 @@ class App:
         if machine is not None and known is not None:
             machine.demand_fitting(known, encoded)
         return self.payloads.fitting(encoded, where, what)
+
+    def encoded_fork(self, workflow: str, at: str | None, value: Any) -> str:
+        """``value`` as JSON that fits what a fork at ``at`` begins with. Raises InputError, AppError."""
+        machine = self.machines.get(workflow)
+        step = at or "" if machine is None else machine.fork_step(at)
+        return self.encoded_state(workflow, step, value, Where(workflow, "input"))
 
     def run(self, *, until_idle: bool = False, timeout: float | None = None) -> int:
         """Run this app's workflows here, in this process and thread: for scripts, debuggers and notebooks.

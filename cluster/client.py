@@ -28,33 +28,29 @@ from durable_cluster.errors import ConnectionFailed, InputError, ResultTimeout, 
 from durable_cluster.joins import ChildResult, Results
 from durable_cluster.notes import Attributes, encoded_attributes
 from durable_cluster.polling import pauses
+from durable_cluster.replays import KEPT, Replayable
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
 from durable_cluster.transactions import Transaction, joined
 
 OUTAGE_S_MAX = 30.0
-KEPT: Any = object()
-"""No edited state: None is one."""
+Encode = Callable[..., str]
 
 
 class Client:
     """The connections of one App, and its ``payloads``.
 
-    ``encode_state``: a state for a step, as the database gets it, if it fits; see ``App.encoded_state``.
+    ``encode_state``, ``encode_fork``: a state for a step, an input for a fork, as the database gets it, if it fits; see ``App``.
     """
 
     def __init__(
-        self,
-        *,
-        dsn: str | None,
-        data: Path | None,
-        encode_state: Callable[[str, str, Any, Where], str],
-        payloads: Payloads,
+        self, *, dsn: str | None, data: Path | None, encode_state: Encode, encode_fork: Encode, payloads: Payloads
     ) -> None:
         self.payloads = payloads
         self._dsn = dsn
         self._data = data
         self.encode_state = encode_state
+        self.encode_fork = encode_fork
         self._embedded: EmbeddedPostgres | None = None
         self._local = threading.local()
         self._lock = threading.Lock()
@@ -192,7 +188,7 @@ class Client:
             embedded.stop()
 
 
-class Handle:
+class Handle(Replayable):
     """A started workflow. ``id`` is a capability: whoever holds it can read the result."""
 
     def __init__(self, client: Client, workflow: str, workflow_id: str) -> None:

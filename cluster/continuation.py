@@ -89,15 +89,17 @@ class Join(msgspec.Struct, frozen=True, gc=False):
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
-    """The workflow is completed with ``output``."""
+    """The workflow is completed with ``output``. ``memo``: what a linear one carried, to be kept; nothing: it is not."""
 
     output: Any
+    memo: bytes = b""
 
 
 class Fail(msgspec.Struct, frozen=True, gc=False):
-    """The workflow has failed for good, for ``reason``."""
+    """The workflow has failed for good, for ``reason``. ``memo``: as of ``Done``."""
 
     reason: str
+    memo: bytes = b""
 
 
 Continuation = Goto | Sleep | Wait | Spawn | Join | Done | Fail | Stuck | Retrying

@@ -44,9 +44,9 @@ def crashed(envelope: Envelope, times: int, what: str = "the process died") -> D
     return dead_letter(envelope, "crashes", reason)
 
 
-def failure(envelope: Envelope, said: dict[str, Any]) -> Outcome:
+def failure(envelope: Envelope, said: dict[str, Any], *, memo: bytes = b"") -> Outcome:
     """The terminal record of a failed workflow."""
-    return Outcome(envelope.workflow_id, "failed", encode(said).decode())
+    return Outcome(envelope.workflow_id, "failed", encode(said).decode(), memo.decode())
 
 
 def said_of(envelope: Envelope, reason: str, trace: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ DurableError
 ├── CodecError                a payload that the App's codec cannot make, or that no codec here can read
 │   └── Unreadable            … the state or the signal of a step event: the step waits for a process that can read it
 ├── UnknownWorkflow           no workflow with that id or key, or none that this code knows
+├── InvalidState              the workflow is in no state in which that can be done; the message says what to do first
 ├── DatabaseError             the database cannot be used as it is
 │   ├── NotInstalled          the schema is not there
 │   ├── SchemaMismatch        another schema version, or another number of shards
@@ -58,6 +59,10 @@ class Unreadable(CodecError):
 
 class UnknownWorkflow(DurableError):
     """No workflow with that id or key. Unknown, expired and not-yours read the same."""
+
+
+class InvalidState(DurableError):
+    """The workflow is in no state in which that can be done; the message says what to do first."""
 
 
 class DatabaseError(DurableError):
@@ -153,6 +158,7 @@ BY_SQLSTATE: dict[str, type[DurableError]] = {
     "DC003": UnknownWorkflow,
     "DC004": ConfigurationError,
     "DC005": SchemaMismatch,
+    "DC006": InvalidState,
     "3F000": NotInstalled,  # invalid_schema_name
     "42P01": NotInstalled,  # undefined_table
     "42883": NotInstalled,  # undefined_function

@@ -91,6 +91,7 @@ class Execution:
         self._keys: list[str] = []
         self._entries: list[bytes] = []
         self._instants: dict[str, msgspec.Raw] = dict(carried.instants)
+        self._met: set[str] | None = set() if carried.is_forked else None
         self._patches = set(carried.patches)
         self._unread: dict[str, str] = {}
         self._is_closed = False
@@ -118,6 +119,9 @@ class Execution:
             else:
                 self._replay(entry, encoded)
         self.is_replaying = False
+        if self._met is not None:  # the other instants of a fork are of the original's further life
+            self._instants = {key: value for key, value in self._instants.items() if key in self._met}
+            self._met = None
 
     def answer(self, key: str, encoded: bytes, value: Any) -> None:
         """An await came to ``value``; ``encoded``: its entry. On to where the function waits again."""
@@ -191,14 +195,10 @@ class Execution:
 
     def encoded(self, key: str, args: bytes = b"[]") -> bytes:
         """Its state as it goes into the log. ``key``: of what the next step event answers, with a step's ``args``, or nothing."""
-        if not (self._instants or self._patches or self.spawned or self.tokens or self.carried.run) and key:
+        if not (self._instants or self._patches or self.spawned or self.tokens or self.carried.run):
             # What most carry, put together in place of encoded.
-            self.expects = b'{"i":%b,"m":[%b],"a":["%b",%b]}' % (
-                self._input,
-                b",".join(self._entries),
-                key.encode(),
-                args,
-            )
+            answers = b',"a":["%b",%b]' % (key.encode(), args) if key else b""
+            self.expects = b'{"i":%b,"m":[%b]%b}' % (self._input, b",".join(self._entries), answers)
             return self.expects
         asked = memo.Asked(key, msgspec.Raw(args)) if key else None
         carried = Carried(
@@ -232,7 +232,7 @@ class Execution:
     def instant(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns (JSON), recorded: the same whenever this line runs again."""
         key = self.key(name)
-        if key not in self._instants:
+        if self.recorded(key) is None:
             self._instants[key] = msgspec.Raw(encode(make()))
         return msgspec.json.decode(self._instants[key])
 
@@ -273,6 +273,8 @@ class Execution:
 
     def recorded(self, key: str) -> msgspec.Raw | None:
         """An instant, if there is one."""
+        if self._met is not None:
+            self._met.add(key)
         return self._instants.get(key)
 
     def record(self, key: str, value: bytes) -> None:

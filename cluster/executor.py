@@ -163,7 +163,7 @@ def queued(task: Task) -> Result | None:
         return None
     context = context_of(task)
     try:
-        key = limit.key_of(_state_of(task, context))
+        key = limit.key_of(task.machine.counted(task.step, _state_of(task, context)))
     except Unreadable as error:
         return failed(task, error, context)
     except Exception as error:
@@ -218,13 +218,14 @@ def conclude(task: Task, returned: Continuation) -> Result:
     if type(returned) is Goto:
         return _successor(task, returned)
     if type(returned) is Done:
-        return _completed(envelope, _encoded(task, returned.output, "result"))
+        return _completed(envelope, _encoded(task, returned.output, "result"), returned.memo)
     if type(returned) is Sleep:
         return Later(_successor(task, returned.goto), returned.seconds)
     if isinstance(returned, WAITS):
         return _waiting(task, returned)
     if type(returned) is Fail:
-        return failure(envelope, veiled(task.machine, envelope, said_of(envelope, str(returned.reason)), "failed"))
+        said = veiled(task.machine, envelope, said_of(envelope, str(returned.reason)), "failed")
+        return failure(envelope, said, memo=returned.memo)
     if isinstance(returned, TROUBLED):
         return _troubled(task, returned)
     raise HandlerError(
@@ -242,11 +243,11 @@ def _troubled(task: Task, returned: Stuck | Retrying) -> Later | DeadLetter:
     return Later(again, returned.pause_s, brief_of(task.machine, returned.error))
 
 
-def _completed(envelope: Envelope, output: bytes) -> Outcome:
+def _completed(envelope: Envelope, output: bytes, memo: bytes) -> Outcome:
     if not envelope.cancelled:
-        return Outcome(envelope.workflow_id, "completed", output.decode())
+        return Outcome(envelope.workflow_id, "completed", output.decode(), memo.decode())
     said = said_of(envelope, envelope.cancelled) | {"output": msgspec.Raw(output)}
-    return Outcome(envelope.workflow_id, "cancelled", encode(said).decode())
+    return Outcome(envelope.workflow_id, "cancelled", encode(said).decode(), memo.decode())
 
 
 def _waiting(task: Task, returned: Wait | Spawn | Join) -> Waiting | Spawning | Joining:
@@ -299,7 +300,7 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
             return instead
         said = said_by(task.machine, envelope, error)
         if isinstance(error, TerminalError):
-            return failure(envelope, said)
+            return failure(envelope, said, memo=task.machine.memo_of(envelope, error))
         return dead(envelope, "given_up" if is_given_up else "attempts", said)
     pause_s = policy.pause_s(spent, chance=random.random())
     again = msgspec.structs.replace(

@@ -48,18 +48,21 @@ SEVERAL_TIMEOUT_S = 10 * 365 * 86_400.0
 class Workflow(TypedMachine[In, R]):
     """Made by ``@app.workflow``: started, looked up, scheduled and spawned as any machine is."""
 
+    is_linear = True
+
     def __init__(
         self, app: App, function: Callable[..., Any], *, name: str | None, version: int, limit: Limit | None
     ) -> None:
         super().__init__(app, name or function.__name__, state=Any, version=version, limit=limit)
         self.function = function
+        self.keeps_memo = False
         self.is_sync = not inspect.iscoroutinefunction(function)
         self.takes_input, input_type, returns = input_of(function)
         self.returned = decoder_of(returns, f"workflow '{self.name}': the type it returns")
         inputs = decoder_of(input_type, f"workflow '{self.name}': the type of its input")
         self.steps = _Steps(self)
         self.first = self._own(START, self._start, decoder=inputs, is_limited=limit is not None)
-        self._own(RESUME, self._resume)
+        self._own(RESUME, self._resume, is_limited=limit is not None)
         self._own(SEVERAL, self._run_several, is_async=True, timeout_s=SEVERAL_TIMEOUT_S)
         self.on_cancel = self._own(CANCELLED, self._clean_up)
         self._known: dict[str, Execution] = {}
@@ -78,6 +81,11 @@ class Workflow(TypedMachine[In, R]):
         raise AppError(
             f"workflow '{self.name}' has no step '{name}'; its app's are {', '.join(self.app.steps) or 'none yet'}"
         )
+
+    def counted(self, step: Step, state: Any) -> Any:
+        """A fork begins with all that it carries; the workflow's limit counts it by its input."""
+        is_fork = isinstance(state, Carried) and step.limit is None
+        return self.app.upcasts.decoded(self._first().decoder, state.input) if is_fork else state
 
     def asked(self, execution: Execution, command: Command) -> Any:
         """What a line of the function gets for asking: a coroutine, or in a plain ``def`` what it came to."""
@@ -152,6 +160,11 @@ class Workflow(TypedMachine[In, R]):
                 carried = carried_decoder.decode(envelope.state)
                 return msgspec.Raw(encode(memo.with_entries(carried, map(encode, ended))))
         return envelope.state
+
+    def memo_of(self, envelope: Envelope, error: BaseException) -> bytes:
+        """With the failure that ends it."""
+        is_coded = self.app.payloads.codec is not None
+        return b"" if is_coded else memo.failed_at(self.cleanup_state(envelope), failure_of(error))
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether an edited state carries an input that fits the function, and arguments that fit the step. Raises InputError."""
@@ -231,33 +244,33 @@ class Workflow(TypedMachine[In, R]):
     def _ended(self, ctx: Context, execution: Execution) -> Continuation:
         main = execution.main
         if main.cancelled():
-            return (
-                Done(None)
-                if ctx.cancelled
-                else self._stuck(
-                    execution,
-                    HandlerError(f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError"),
-                )
-            )
+            if ctx.cancelled:
+                return Done(None, self._memo(execution))
+            why = f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError"
+            return self._stuck(execution, HandlerError(why))
         error = main.exception()
         if error is None:
-            return self._returned(execution, main.result())
+            return self._returned(execution, main.result(), is_kept=self.keeps_memo or bool(ctx.cancelled))
         if isinstance(error, ContinueAsNew):
             return Goto(RESUME, msgspec.Raw(encode(execution.as_new(self._input(error.value)))))
         if isinstance(error, TerminalError) or execution.is_failure_uncaught:
-            return Fail(error.reason if isinstance(error, TerminalError) else f"{type(error).__name__}: {error}")
+            reason = error.reason if isinstance(error, TerminalError) else f"{type(error).__name__}: {error}"
+            return Fail(reason, self._memo(execution))
         return self._stuck(execution, error)
 
-    def _returned(self, execution: Execution, value: Any) -> Continuation:
+    def _memo(self, execution: Execution) -> bytes:
+        """What it has behind it, for whoever forks it; nothing if that is coded, or more than a step event could carry."""
+        memo = b"" if self.app.payloads.codec is not None else execution.encoded("")
+        return memo if len(memo) <= self.app.settings.payload_bytes_max else b""
+
+    def _returned(self, execution: Execution, value: Any, *, is_kept: bool) -> Continuation:
         try:
             encoded = encode(value)
             self.returned.decode(encoded)
         except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-            wrong = HandlerError(
-                f"workflow '{self.name}' returned what is not {_told(self.returned.type)} as JSON: {error}"
-            )
-            return self._stuck(execution, wrong)
-        return Done(msgspec.Raw(encoded))
+            wrong = f"workflow '{self.name}' returned what is not {_told(self.returned.type)} as JSON: {error}"
+            return self._stuck(execution, HandlerError(wrong))
+        return Done(msgspec.Raw(encoded), self._memo(execution) if is_kept else b"")
 
     def _input(self, value: Any) -> msgspec.Raw:
         return msgspec.Raw(self.opening(value)[1])
@@ -365,9 +378,10 @@ class _Steps(dict[str, Step]):
 
 
 def _begins_again(ctx: Context, carried: Carried) -> bool:
-    """Whether this is the first event after ``continue_as_new``: nothing is recorded, and it answers nothing."""
+    """Whether this is the first event after ``continue_as_new``, of a replay or of a fork: nothing is recorded or answered."""
     answers = carried.asked is not None or ctx.signal is not None or ctx.envelope.has_children
-    return ctx.step == RESUME and carried.run > 0 and bytes(carried.entries) == b"[]" and not answers
+    is_new = carried.run > 0 or carried.is_forked
+    return ctx.step == RESUME and is_new and bytes(carried.entries) == b"[]" and not answers
 
 
 async def _awaited(execution: Execution, command: Command) -> Any:

@@ -21,6 +21,7 @@ from durable_cluster.interactive import is_interactive
 from durable_cluster.joins import Child
 from durable_cluster.limits import Limit, checked_limit
 from durable_cluster.notes import Attributes, encoded_attributes, encoded_each
+from durable_cluster.replay_statements import Declared
 from durable_cluster.retry import Policy, Retry
 from durable_cluster.settings import checked_name
 from durable_cluster.transactions import Transaction
@@ -70,6 +71,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 class Machine:
     """A kind of workflow, written as steps that say what comes next."""
+
+    is_linear = False
 
     def __init__(self, app: App, name: str, *, state: Any, version: int, limit: Limit | None) -> None:
         self.app = app
@@ -307,6 +310,10 @@ class Machine:
         """The state of the cleanup that runs in place of this step, whose own is in plain."""
         return envelope.state
 
+    def memo_of(self, envelope: Envelope, error: BaseException) -> bytes:
+        """What is kept of a workflow that ends because this step raised ``error``."""
+        return b""
+
     def forget_all(self) -> None:
         """Let go of what this process keeps of its workflows."""
 
@@ -315,6 +322,19 @@ class Machine:
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether what a linear workflow's state holds fits too. Raises InputError."""
+
+    def fork_step(self, at: str | None) -> str:
+        """The step whose state is the input of a fork at ``at``. Raises AppError."""
+        return self._first().name if at is None or self.is_linear else self.step_name(at)
+
+    def counted(self, step: Step, state: Any) -> Any:
+        """What a limit counts this step by, or the workflow if it is the first."""
+        return state
+
+    def declared(self) -> Declared:
+        """What the database is told of it."""
+        steps = () if self.is_linear else tuple(self.steps)
+        return Declared(self.name, self.version, self._first().name, steps, self.limit is not None)
 
     def coded(self, payload: bytes) -> str:
         """An input as the database gets it. Raises CodecError, and InputError for one that is too large."""

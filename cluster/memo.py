@@ -52,13 +52,15 @@ class Carried(
         "spawned": "k",
         "tokens": "t",
         "run": "n",
+        "is_forked": "o",
     },
 ):
     """The state of a linear workflow's step events.
 
     ``entries``: a JSON array of ``Entry``; ``instants``: what was recorded without a step, by key; ``patches``: the changes that
     this run has taken; ``spawned``: how many children were started; ``tokens``: how many waits with a token have begun;
-    ``run``: how often it was continued as new.
+    ``run``: how often it was continued as new. ``is_forked``: a fork or a replay begins: of the instants only those count that
+    the entries lead to.
     """
 
     input: msgspec.Raw
@@ -69,6 +71,7 @@ class Carried(
     spawned: int = 0
     tokens: int = 0
     run: int = 0
+    is_forked: bool = False
 
 
 _entry = msgspec.json.Decoder(Entry)
@@ -107,6 +110,17 @@ def failed(key: str, failure: Failure) -> bytes:
 def cancelled(reason: str) -> bytes:
     """The entry of a cancel."""
     return encode(Entry(CANCEL_KEY, msgspec.Raw(encode(reason))))
+
+
+def failed_at(state: msgspec.Raw, failure: Failure) -> bytes:
+    """What was carried, and the await that it was the answer of as failed."""
+    try:
+        carried = carried_decoder.decode(state)
+    except msgspec.DecodeError:
+        return b""  # somebody put the line into the log by hand
+    if carried.asked is None:
+        return bytes(state)
+    return encode(with_entries(carried, [failed(carried.asked.key, failure)]))
 
 
 def told(key: str) -> str:

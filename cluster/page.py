@@ -195,7 +195,7 @@ class PageRunner:
         if task.step.is_limited:
             if queued := executor.queued(task):
                 return queued
-            self._has_permits = True
+            self._has_permits |= task.envelope.permit > 0
         if task.envelope.has_children:
             task = msgspec.structs.replace(task, children=self._children.get(task.envelope.workflow_id))
         if not task.step.is_inline:

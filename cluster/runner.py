@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from durable_cluster import schedules, schema, telemetry
+from durable_cluster import replay_statements, schedules, schema, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import connect
 from durable_cluster.firing import Firing
@@ -37,7 +37,7 @@ async def run_beside(app: App, *, until_idle: bool, limit: timedelta | None) -> 
 def run_here(
     app: App, *, until_idle: bool, limit: timedelta | None, should_end: Callable[[], bool] = lambda: False
 ) -> int:
-    """Run until nothing is ready, due within a minute or left by the dead, the limit is over, it should end, or for ever. Steps run."""
+    """Run until nothing is ready, due within a minute or left by a process that died; or the limit is over; or it should end."""
     stop_at = None if limit is None else time.monotonic() + limit.total_seconds()
 
     def is_over() -> bool:
@@ -63,6 +63,7 @@ class Runner:
         dsn = app.client.dsn
         with connect(dsn, name="durable-cluster run") as connection:
             shards = schema.demand_installed(connection)
+            replay_statements.declare_types(connection, app.declared_types())
             schedules.declare(app, connection)
         self.consumer = Consumer(dsn, 0, app.machines, app.settings, tracing=tracing)
         self.consumer.shards = list(range(shards))

@@ -10,11 +10,12 @@ import msgspec
 import psycopg
 
 from durable_cluster import schedule_statements as sql
-from durable_cluster.client import KEPT, Handle
+from durable_cluster.client import Handle
 from durable_cluster.cron import Cron
 from durable_cluster.durations import Duration, seconds
 from durable_cluster.envelope import encode
 from durable_cluster.errors import AppError, InputError, UnknownWorkflow
+from durable_cluster.replays import KEPT
 from durable_cluster.schedule_statements import Plan, Schedule
 from durable_cluster.settings import checked_name
 from durable_cluster.statements import Connection

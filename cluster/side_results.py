@@ -65,11 +65,11 @@ def write(tx: Connection, results: list[Slot], *, shard: int, owner: int, giving
         envelopes = [slot.envelope for slot in detached]
         crashes = [slot.crashes for slot in detached]
         side_statements.detach(tx, shard=shard, owners=owners, envelopes=envelopes, crashes=crashes)
+    if dead := _of(results, DeadLetter):
+        _bury(tx, dead)  # before cancels: one of the same page takes it up again
     _write_children(tx, results)
     _write_waits(tx, results)
     _write_permits(tx, results, giving)
-    if dead := _of(results, DeadLetter):
-        _bury(tx, dead)
 
 
 def giving(lines: Sequence[Envelope | None], results: Sequence[Slot]) -> list[Envelope]:

@@ -18,11 +18,12 @@ Connection: TypeAlias = "psycopg.Connection[Any] | Joined"
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """A terminal record: ``status`` is completed, failed or cancelled, ``output`` is JSON."""
+    """A terminal record: ``status`` is completed, failed or cancelled, ``output`` is JSON. ``memo``: see ``memo``; ``""``: none."""
 
     workflow_id: str
     status: str
     output: str
+    memo: str = ""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,20 +277,18 @@ def commit_page(
     with translated():
         plain_cursor(tx).execute(
             f"select {function}(%s::int, %s::bigint, %s::bigint, %s::durable.cursor, %s::durable.cursor, %s,"
-            " %s, %s::int[], %s, %s, %s)",
+            " %s, %s::int[], %s, %s, %s, %s)",
             (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), *_columns(outcomes)),
         )
 
 
-def _columns(outcomes: Sequence[Outcome]) -> tuple[str | None, str | None, str | None]:
-    """Terminal records as three texts, one a line each; nothing for none."""
+def _columns(outcomes: Sequence[Outcome]) -> tuple[str | None, str | None, str | None, str | None]:
+    """Terminal records as four texts, one a line each; nothing for none."""
     if not outcomes:
-        return None, None, None
-    return (
-        "\n".join([o.workflow_id for o in outcomes]),
-        "\n".join([o.status for o in outcomes]),
-        "\n".join([o.output for o in outcomes]),
-    )
+        return None, None, None, None
+    ids, statuses = [one.workflow_id for one in outcomes], [one.status for one in outcomes]
+    outputs, memos = [one.output for one in outcomes], [one.memo for one in outcomes]
+    return "\n".join(ids), "\n".join(statuses), "\n".join(outputs), "\n".join(memos) if any(memos) else None
 
 
 def join_shard(connection: Connection, shard: int, member: str) -> None:
@@ -370,7 +369,7 @@ def hand_on(tx: Connection, *, shard: int, steps: str, counts: Sequence[int], ou
     """Successors and terminal records of detached steps; ``steps``, ``counts``: see ``envelope.encode_chunks``."""
     with translated():
         plain_cursor(tx).execute(
-            "select durable.hand_on(%s::int, %s, %s::int[], %s, %s, %s)",
+            "select durable.hand_on(%s::int, %s, %s::int[], %s, %s, %s, %s)",
             (shard, steps, list(counts), *_columns(outcomes)),
         )
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from durable_cluster.ops.letters import REASONS
 from durable_cluster.ops.terminal import PROGRAM, BadUsage
-from durable_cluster.ops.values import attribute, moment
+from durable_cluster.ops.values import actor, attribute, between, moment, seconds
+from durable_cluster.replays import HISTORY_MAX
 from durable_cluster.search import LIMIT_MAX, STATUSES
 from durable_cluster.settings import SHARDS_MAX
 
 COUNT_MAX = 10_000_000
 CONSUMERS_MAX = 16
-ACTOR_MAX = 255
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ABOUT = "Durable, crash-proof workflows on the Postgres you already run."
 OVERLAP = "while a run lives the next one is left out (skip), waits (queue) or starts (allow)"
@@ -73,6 +72,15 @@ def parser() -> Parser:
     show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
     _add_reader(show)
 
+    history = command("history", "show the awaits that a linear workflow has recorded")
+    history.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    history.add_argument("--limit", type=between(1, LIMIT_MAX), default=HISTORY_MAX, metavar="N")
+
+    _add_again(
+        command("replay", "start workflows over, with the same input: a stuck one itself, of an ended one a new one")
+    )
+    _add_fork(command("fork", "start a new workflow from a point of another, with what was recorded before it"))
+
     _add_dead_letters(commands)
     _add_limits(commands)
     _add_schedules(commands)
@@ -80,7 +88,7 @@ def parser() -> Parser:
 
     stop = command("stop", "stop the cluster that runs from --data")
     stop.add_argument("--now", action="store_true", help="do not let running steps end")
-    stop.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="wait at most so long (60)")
+    stop.add_argument("--timeout", type=seconds, default=60.0, metavar="S", help="wait at most so long (60)")
 
     command("doctor", "check everything that has to be right")
     command("psql", "open psql on the database; what follows goes to psql")
@@ -103,7 +111,7 @@ def _add_start(start: Parser) -> None:
     _add_app(start)
     _add_no_roles(start)
     _add_log_level(start)
-    start.add_argument("--consumers-per-shard", type=_between(1, CONSUMERS_MAX), default=1, metavar="N")
+    start.add_argument("--consumers-per-shard", type=between(1, CONSUMERS_MAX), default=1, metavar="N")
     start.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as drain_grace_s=10"
     )
@@ -125,11 +133,11 @@ def _add_run(run: Parser) -> None:
     run.add_argument(
         "--input", default="null", metavar="JSON|@FILE", help="the input (default null; @- is standard input)"
     )
-    run.add_argument("--count", type=_between(1, COUNT_MAX), default=1, metavar="N", help="start so many")
+    run.add_argument("--count", type=between(1, COUNT_MAX), default=1, metavar="N", help="start so many")
     run.add_argument("--key", help="the same key gives the same workflow")
     _add_attributes(run, "what 'list' finds it by; may be repeated")
     run.add_argument("--wait", action="store_true", help="wait for the end and print the result")
-    run.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so many seconds (implies --wait)")
+    run.add_argument("--timeout", type=seconds, metavar="S", help="wait at most so many seconds (implies --wait)")
     _add_app(run)
 
 
@@ -143,9 +151,7 @@ def _add_cancel(cancel: Parser) -> None:
 def _add_pause(pause: Parser) -> None:
     pause.add_argument("id", nargs="?", metavar="ID", help="one workflow: an id, or the first digits of one")
     pause.add_argument("--workflow", metavar="NAME", help="all workflows of this type")
-    pause.add_argument(
-        "--shard", type=_between(0, SHARDS_MAX - 1), metavar="N", help="all that is read from this shard"
-    )
+    pause.add_argument("--shard", type=between(0, SHARDS_MAX - 1), metavar="N", help="all that is read from this shard")
     pause.add_argument("--actor", metavar="WHO", help="who does it")
 
 
@@ -165,7 +171,7 @@ def _add_signal(signal: Parser) -> None:
 
 
 def _add_demo(demo: Parser) -> None:
-    demo.add_argument("--times", type=_between(1, 10_000), default=1, metavar="N", help="so many copies of every order")
+    demo.add_argument("--times", type=between(1, 10_000), default=1, metavar="N", help="so many copies of every order")
     demo.add_argument(
         "--chaos", action="store_true", help="kill consumers at work, stop others, kill the local Postgres twice"
     )
@@ -176,15 +182,36 @@ def _add_demo(demo: Parser) -> None:
     _add_log_level(demo, default="error")
 
 
+def _add_which(to: Parser) -> None:
+    to.add_argument("--workflow", metavar="NAME")
+    to.add_argument("--status", choices=STATUSES)
+    _add_attributes(to, "those that have it; may be repeated")
+    to.add_argument("--from", dest="started_from", type=moment, metavar="TIME", help="started then or later")
+    to.add_argument("--to", dest="started_to", type=moment, metavar="TIME", help="started earlier")
+    to.add_argument("--parent", metavar="ID", help="the children of that workflow: an id, or its first digits")
+    to.add_argument("--key", help="started with it")
+    to.add_argument("--origin", metavar="ID", help="replayed or forked from that workflow: an id, or its first digits")
+
+
+def _add_again(to: Parser) -> None:
+    to.add_argument("id", metavar="ID", nargs="?", help="one workflow: an id, or the first digits of one")
+    to.add_argument("--all", action="store_true", help="all that match, after a look at them")
+    _add_which(to)
+    to.add_argument("--yes", action="store_true", help="do not ask")
+    to.add_argument("--actor", type=actor, metavar="WHO", help="who does it, for the audit")
+
+
+def _add_fork(fork: Parser) -> None:
+    _add_again(fork)
+    at = "a path of 'history', or its position; of a machine a step (default: from the beginning)"
+    fork.add_argument("--at", metavar="PATH", help=at)
+    fork.add_argument("--input", metavar="JSON|@FILE", help="in place of its own (@- is standard input)")
+    fork.add_argument("--app", metavar="MODULE:APP", help="check the input against the code of this App")
+
+
 def _add_list(list_: Parser) -> None:
-    list_.add_argument("--workflow", metavar="NAME")
-    list_.add_argument("--status", choices=STATUSES)
-    _add_attributes(list_, "those that have it; may be repeated")
-    list_.add_argument("--from", dest="started_from", type=moment, metavar="TIME", help="started then or later")
-    list_.add_argument("--to", dest="started_to", type=moment, metavar="TIME", help="started earlier")
-    list_.add_argument("--parent", metavar="ID", help="the children of that workflow: an id, or its first digits")
-    list_.add_argument("--key", help="started with it")
-    list_.add_argument("--limit", type=_between(1, LIMIT_MAX), default=50, metavar="N")
+    _add_which(list_)
+    list_.add_argument("--limit", type=between(1, LIMIT_MAX), default=50, metavar="N")
     list_.add_argument("--after", metavar="CURSOR", help="go on after the list that ended with it")
 
 
@@ -200,7 +227,7 @@ def _add_audit(commands: Commands) -> None:
     list_.add_argument("--actor", metavar="WHO")
     list_.add_argument("--what", metavar="WHAT", help="start, signal, signal_refused, resume, timeout, cancel, …")
     list_.add_argument("--since", type=moment, metavar="TIME")
-    list_.add_argument("--limit", type=_between(1, LIMIT_MAX), default=50, metavar="N")
+    list_.add_argument("--limit", type=between(1, LIMIT_MAX), default=50, metavar="N")
     export = _add_command(actions, "export", "write it out, oldest first, before retention drops it")
     export.add_argument("--since", type=moment, metavar="TIME", help="from then on")
     export.add_argument("--before", type=moment, metavar="TIME", help="up to then")
@@ -225,8 +252,8 @@ def _add_bench(commands: Commands) -> None:
     )
     bench.add_argument("--systems", nargs="+", default=[], metavar="NAME", help="only these")
     bench.add_argument("--workloads", nargs="+", default=[], metavar="W", help="only these of W1 to W8")
-    bench.add_argument("--seconds", type=_seconds, metavar="S", help="the length of a load (20); others in proportion")
-    bench.add_argument("--soak", type=_seconds, default=0.0, metavar="S", help="at the end, a load that lasts so long")
+    bench.add_argument("--seconds", type=seconds, metavar="S", help="the length of a load (20); others in proportion")
+    bench.add_argument("--soak", type=seconds, default=0.0, metavar="S", help="at the end, a load that lasts so long")
     bench.add_argument(
         "--pg-bin",
         type=Path,
@@ -253,7 +280,7 @@ def _add_limits(commands: Commands) -> None:
 
     set_ = _add_command(actions, "set", "let these numbers count in place of those that the code declares")
     set_.add_argument("name", metavar="NAME")
-    set_.add_argument("--concurrency", type=_between(0, 1_000_000), metavar="N", help="at most so many at once")
+    set_.add_argument("--concurrency", type=between(0, 1_000_000), metavar="N", help="at most so many at once")
     set_.add_argument("--rate", metavar="N/PERIOD", help="at most so many a period, such as 100/1s or 5/1m")
 
     reset = _add_command(actions, "reset", "let the numbers count again that the code declares")
@@ -267,7 +294,7 @@ def _add_dead_letters(commands: Commands) -> None:
 
     list_ = _add_command(actions, "list", "list dead letters, newest first")
     _add_letter_filter(list_)
-    list_.add_argument("--limit", type=_between(1, LIMIT_MAX), default=50, metavar="N")
+    list_.add_argument("--limit", type=between(1, LIMIT_MAX), default=50, metavar="N")
 
     show = _add_command(actions, "show", "show one, with its state")
     show.add_argument("id", metavar="ID", help="the workflow's id, or the first digits of it")
@@ -337,7 +364,7 @@ def _add_which_letters(to: Parser) -> None:
     to.add_argument("--all", action="store_true", help="all that match, after a look at them")
     _add_letter_filter(to)
     to.add_argument("--yes", action="store_true", help="do not ask")
-    to.add_argument("--actor", type=_actor, metavar="WHO", help="who does it, for the audit")
+    to.add_argument("--actor", type=actor, metavar="WHO", help="who does it, for the audit")
 
 
 def _add_letter_filter(to: Parser) -> None:
@@ -347,7 +374,7 @@ def _add_letter_filter(to: Parser) -> None:
 
 
 def _add_shards(to: Parser) -> None:
-    to.add_argument("--shards", type=_between(1, SHARDS_MAX), metavar="N", help="1 to 64 (8 in a new database)")
+    to.add_argument("--shards", type=between(1, SHARDS_MAX), metavar="N", help="1 to 64 (8 in a new database)")
 
 
 def _add_app(to: Parser) -> None:
@@ -364,28 +391,3 @@ def _add_no_roles(to: Parser) -> None:
 
 def _add_log_level(to: Parser, *, default: str = "warning") -> None:
     to.add_argument("--log-level", choices=LOG_LEVELS, default=default, help=f"({default})")
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
-    return seconds
-
-
-def _actor(text: str) -> str:
-    if not 1 <= len(text) <= ACTOR_MAX or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"1 to {ACTOR_MAX} characters, none of them a control character")
-    return text
-
-
-def _between(low: int, high: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {low} to {high:,}")
-        return int(text)
-
-    return number

@@ -27,6 +27,7 @@ from durable_cluster.ops import (
     priority,
     psql,
     reload,
+    replay,
     run,
     running,
     schedules,
@@ -153,8 +154,8 @@ def _run(terminal: Terminal, target: Target, options: argparse.Namespace) -> int
     )
 
 
-def _list(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
-    which = Which(
+def _which(options: argparse.Namespace) -> Which:
+    return Which(
         workflow=options.workflow,
         status=options.status,
         attributes=dict(options.attribute) or None,
@@ -162,8 +163,28 @@ def _list(terminal: Terminal, target: Target, options: argparse.Namespace) -> in
         started_to=options.started_to,
         parent=options.parent,
         key=options.key,
+        origin=options.origin,
     )
-    return show.list_(terminal, target, which=which, limit=options.limit, after=options.after)
+
+
+def _list(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    return show.list_(terminal, target, which=_which(options), limit=options.limit, after=options.after)
+
+
+def _replay(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    which = _which(options)
+    replay.checked_choice(options.id, options.all, which, needed=("status",))
+    if options.all:
+        return replay.replay_all(terminal, target, which=which, is_agreed=options.yes, actor=options.actor)
+    return replay.replay(terminal, target, prefix=options.id, actor=options.actor)
+
+
+def _fork(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
+    which, point = _which(options), replay.point_of(options.at, options.input, options.app)
+    replay.checked_choice(options.id, options.all, which, needed=("workflow", "status"))
+    if options.all:
+        return replay.fork_all(terminal, target, which=which, point=point, is_agreed=options.yes, actor=options.actor)
+    return replay.fork(terminal, target, prefix=options.id, point=point, actor=options.actor)
 
 
 def _audit(terminal: Terminal, target: Target, options: argparse.Namespace) -> int:
@@ -273,6 +294,11 @@ COMMANDS: Mapping[str, Command] = {
     "status": lambda terminal, target, options: status.status(terminal, target),
     "list": _list,
     "show": lambda terminal, target, options: show.show(terminal, target, prefix=options.id, app_address=options.app),
+    "history": lambda terminal, target, options: replay.history(
+        terminal, target, prefix=options.id, limit=options.limit
+    ),
+    "replay": _replay,
+    "fork": _fork,
     "dead-letters": _dead_letters,
     "limits": limits.limits,
     "schedules": _schedules,

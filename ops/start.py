@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from durable_cluster import schedules, schema
+from durable_cluster import replay_statements, schedules, schema
 from durable_cluster.app import App
 from durable_cluster.errors import AppError, NotInstalled
 from durable_cluster.examples.orders import northwind
@@ -120,8 +120,9 @@ def prepare(database: Database, *, shards: int | None, with_roles: bool, is_exam
 
 
 def declare(terminal: Terminal, app: App, database: Database) -> None:
-    """Make the schedules what the app's code says, and tell of those that it no longer names."""
+    """Say which workflows there are, make the schedules what the app's code says, and tell of those that it no longer names."""
     with database.connect("start") as connection:
+        replay_statements.declare_types(connection, app.declared_types())
         for name in schedules.declare(app, connection):
             terminal.note(
                 f"schedule '{name}' is no longer in the code of app '{app.name}' and goes on firing;"

@@ -109,17 +109,18 @@ def test_a_result_that_is_not_shown_as_it_is_is_found() -> None:
         compare([["status"], ["completed"]], "ERROR:  DC003: …\n")
 
 
+def headings_of(document: Path) -> set[str]:
+    """The anchors of its headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_of_the_documents_leads_somewhere() -> None:
     for document in [DOCS.parent / "README.md", *DOCS.rglob("*.md"), *(DOCS.parent / "examples").rglob("*.md")]:
-        text = document.read_text("utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)\s]*)?\)", text):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
-        headings = {
-            re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
-            for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-        }
-        for anchor in re.findall(r"\]\(#([^)\s]+)\)", text):
-            assert anchor in headings, f"{document.name} links to #{anchor}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", document.read_text("utf-8")):
+            found = document.parent / target if target else document
+            assert found.exists(), f"{document.name} links to {target}"
+            assert not anchor or anchor in headings_of(found), f"{document.name} links to {target}#{anchor}"
 
 
 def test_the_pages_are_found() -> None:

@@ -189,12 +189,11 @@ def test_a_viewer_lists_and_a_client_does_not(app: App, dsn: str, handles: dict[
 
 def plan_of(conn: Connection, **which: str) -> str:
     """The plan of a list's inner query."""
-    asked = {
-        name: which.get(name) for name in ("workflow", "status", "after", "attributes", "from", "to", "parent", "key")
-    }
+    names = ("workflow", "status", "after", "attributes", "from", "to", "parent", "key", "origin")
+    asked = {name: which.get(name) for name in names}
     query = conn.execute(
         "select durable.list_query(%(workflow)s, %(status)s, %(after)s, %(attributes)s::jsonb, %(from)s::timestamptz,"
-        " %(to)s::timestamptz, %(parent)s, %(key)s)",
+        " %(to)s::timestamptz, %(parent)s, %(key)s, %(origin)s)",
         asked,
     ).fetchone()
     assert query is not None

@@ -195,7 +195,13 @@ class _Recorded(Client):
     """In place of a database: the children of a history."""
 
     def __init__(self, app: App, children: Sequence[ChildResult]) -> None:
-        super().__init__(dsn=None, data=None, encode_state=app.encoded_state, payloads=app.payloads)
+        super().__init__(
+            dsn=None,
+            data=None,
+            encode_state=app.encoded_state,
+            encode_fork=app.encoded_fork,
+            payloads=app.payloads,
+        )
         self._children = children
 
     def children(self, parent_id: str, first: int, limit: int) -> list[ChildResult]:

@@ -242,7 +242,13 @@ def cluster(app: App, *, dsn: str | None = None, now: datetime | None = None) ->
 def _bound(app: App, dsn: str) -> Iterator[None]:
     """The app in this database; afterwards it is where it was."""
     before = app.client, app.clock, app.settings, app.secret
-    app.client = Client(dsn=dsn, data=None, encode_state=app.encoded_state, payloads=app.payloads)
+    app.client = Client(
+        dsn=dsn,
+        data=None,
+        encode_state=app.encoded_state,
+        encode_fork=app.encoded_fork,
+        payloads=app.payloads,
+    )
     app.clock = StandingClock()
     app.settings = msgspec.structs.replace(app.settings, dead_interval_s=PATIENT_S)
     try:

@@ -16,9 +16,9 @@ begin
 end
 $$;
 
--- durable.finish(ids, statuses, outputs): terminal records. The first end of a workflow stands. Tables: finished (a row each),
+-- durable.finish(ids, statuses, outputs, memos): terminal records. The first end of a workflow stands. Tables: finished (a row each),
 -- cancelled and priority (a row deleted), what a permit given back and a child's end change (durable.give_back, durable.end_children).
-create or replace function durable.finish(i_ids uuid[], i_statuses text[], i_outputs text[]) returns void
+create or replace function durable.finish(i_ids uuid[], i_statuses text[], i_outputs text[], i_memos text[] default null) returns void
 language plpgsql
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -27,9 +27,9 @@ declare
     v_statuses text[];
 begin
     with ended as (
-        insert into durable.finished (id, day, status, output, at)
-        select q.id, durable.day_of(q.id), q.status, q.output, durable.now()
-        from unnest(i_ids, i_statuses, i_outputs) q(id, status, output)
+        insert into durable.finished (id, day, status, output, at, memo)
+        select q.id, durable.day_of(q.id), q.status, q.output, durable.now(), q.memo
+        from unnest(i_ids, i_statuses, i_outputs, i_memos) q(id, status, output, memo)
         on conflict do nothing
         returning id, status
     )
@@ -50,8 +50,8 @@ end
 $$;
 
 -- durable.hand_on(…): successors and terminal records, in a transaction that holds the right to them (see commit_page's arguments).
-create or replace function durable.hand_on(i_shard int, i_steps text, i_counts int[], i_ids text, i_statuses text, i_outputs text)
-returns void
+create or replace function durable.hand_on(i_shard int, i_steps text, i_counts int[], i_ids text, i_statuses text, i_outputs text,
+    i_memos text default null) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -63,12 +63,13 @@ begin
         from string_to_table(i_steps, E'\f') with ordinality c(lines, n) where cardinality(i_counts) > 1;
     end if;
     if i_ids ~ '^([0-9a-f]{32}\n?)*$' then
-        perform durable.finish(string_to_array(i_ids, E'\n')::uuid[], string_to_array(i_statuses, E'\n'), string_to_array(i_outputs, E'\n'));
+        perform durable.finish(string_to_array(i_ids, E'\n')::uuid[], string_to_array(i_statuses, E'\n'), string_to_array(i_outputs, E'\n'),
+            string_to_array(i_memos, E'\n', ''));
     elsif i_ids is not null then
         -- A line that somebody put into the log by hand must not stop the page.
-        perform durable.finish(array_agg(q.id::uuid), array_agg(q.status), array_agg(q.output))
-        from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_statuses, E'\n'), string_to_table(i_outputs, E'\n'))
-            q(id, status, output)
+        perform durable.finish(array_agg(q.id::uuid), array_agg(q.status), array_agg(q.output), array_agg(q.memo))
+        from rows from (string_to_table(i_ids, E'\n'), string_to_table(i_statuses, E'\n'), string_to_table(i_outputs, E'\n'),
+            string_to_table(i_memos, E'\n', '')) q(id, status, output, memo)
         where q.id ~ '^[0-9a-f]{32}$';
     end if;
 end
@@ -79,13 +80,13 @@ $$;
 --   i_is_last        whether the window ends with this page: then the engine's batch is finished, and must answer 1
 --   i_steps, i_counts  successors: JSON lines, a form feed between log entries, and how many lines each entry has.
 --     One text, because an array's elements are quoted and unquoted by regular expressions on the way.
---   i_ids, i_statuses, i_outputs  terminal records, one a line each, or null
+--   i_ids, i_statuses, i_outputs  terminal records, one a line each, or null; i_memos: what each carried, or nothing; null: none of them
 -- A page's timers, detached steps and dead letters are written between the fence and this (durable.schedule, detach, bury).
 -- Tables: the shard's log (one row a text), finished (one row a terminal record), win (one row changed or deleted).
 create or replace function durable.commit_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
-    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
-returns void
+    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null,
+    i_memos text default null) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -95,7 +96,7 @@ begin
             i_batch using errcode = 'DC001';
     end if;
     perform set_config('durable.fenced', '', true);
-    perform durable.hand_on(i_shard, i_steps, i_counts, i_ids, i_statuses, i_outputs);
+    perform durable.hand_on(i_shard, i_steps, i_counts, i_ids, i_statuses, i_outputs, i_memos);
     if i_is_last then
         delete from durable.win w where w.batch = i_batch;
         if pgque.finish_batch(i_batch) <> 1 then
@@ -112,13 +113,13 @@ $$;
 -- durable.commit_plain_page(…): fence and commit in one call, for a page without transactional steps.
 create or replace function durable.commit_plain_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
-    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null)
-returns void
+    i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null,
+    i_memos text default null) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
     perform durable.fence(i_batch, i_owner, i_done);
-    perform durable.commit_page(i_shard, i_batch, i_owner, i_done, i_next, i_is_last, i_steps, i_counts, i_ids, i_statuses, i_outputs);
+    perform durable.commit_page(i_shard, i_batch, i_owner, i_done, i_next, i_is_last, i_steps, i_counts, i_ids, i_statuses, i_outputs, i_memos);
 end
 $$;

@@ -235,14 +235,15 @@ set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_details text;
+    v_line text;
 begin
     delete from durable.dead_letter d
     where d.id = i_id and d.seq = (select max(x.seq) from durable.dead_letter x where x.id = i_id)
-    returning d.details into v_details;
+    returning d.details, d.line into v_details, v_line;
     if not found then
         perform durable.no_dead_letter(i_id);
     end if;
-    perform durable.end_purged(array[i_id], array[v_details]);
+    perform durable.end_purged(array[i_id], array[v_details], array[v_line]);
 end
 $$;
 
@@ -255,6 +256,7 @@ as $$
 declare
     v_ids uuid[];
     v_details text[];
+    v_lines text[];
 begin
     with chosen as (
         select d.id, d.seq from durable.dead_letter d
@@ -264,20 +266,21 @@ begin
             and (i_reason is null or d.reason = i_reason)
         order by d.at, d.id, d.seq limit least(i_limit, 1000) for update skip locked
     ), gone as (
-        delete from durable.dead_letter d using chosen c where d.id = c.id and d.seq = c.seq returning d.id, d.details
+        delete from durable.dead_letter d using chosen c where d.id = c.id and d.seq = c.seq returning d.id, d.details, d.line
     )
-    select array_agg(g.id), array_agg(g.details) into v_ids, v_details from gone g;
-    perform durable.end_purged(v_ids, v_details);
+    select array_agg(g.id), array_agg(g.details), array_agg(g.line) into v_ids, v_details, v_lines from gone g;
+    perform durable.end_purged(v_ids, v_details, v_lines);
     return coalesce(cardinality(v_ids), 0);
 end
 $$;
 
--- durable.end_purged(ids, details): the terminal records of purged workflows.
-create or replace function durable.end_purged(i_ids uuid[], i_details text[]) returns void
+-- durable.end_purged(ids, details, lines): the terminal records of purged workflows.
+create or replace function durable.end_purged(i_ids uuid[], i_details text[], i_lines text[]) returns void
 language sql volatile
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    select durable.finish(array_agg(q.id), array_agg('failed'::text), array_agg((q.details::jsonb || '{"purged": true}')::text))
-    from unnest(i_ids, i_details) q(id, details);
+    select durable.finish(array_agg(q.id), array_agg('failed'::text), array_agg((q.details::jsonb || '{"purged": true}')::text),
+        array_agg(durable.unveiled(durable.carried_in(q.line, null)::text)))
+    from unnest(i_ids, i_details, i_lines) q(id, details, line);
     select durable.record('purge', i_ids);
 $$;

@@ -32,12 +32,13 @@ begin
         durable.start_many(text, int, text, text, text, interval, text), durable.now(), durable.find(text, text), durable.state_of(uuid), durable.outcome(uuid),
         durable.signal(uuid, text, text, text, text, text), durable.send_signal(uuid, text, text, text, text, text),
         durable.set_attributes(uuid, text, text), durable.attributes_of(uuid), durable.progress_of(uuid), durable.cancel(uuid, text, text, boolean),
-        durable.children_of(text, int, int), durable.group_of(uuid), durable.set_priority(text, float8) to durable_client;
+        durable.children_of(text, int, int), durable.group_of(uuid), durable.set_priority(text, float8), durable.history(uuid, int) to durable_client;
 
     grant execute on all functions in schema durable to durable_worker;
     revoke execute on function durable.lay_out(int), durable.set_audit(boolean, text) from durable_worker;
 
-    grant execute on function durable.list(text, text, int, text, text, timestamptz, timestamptz, text, text), durable.totals(), durable.shard_status(), durable.asides(),
+    grant execute on function durable.list(text, text, int, text, text, timestamptz, timestamptz, text, text, text),
+        durable.list_total(text, text, text, timestamptz, timestamptz, text, text, text), durable.totals(), durable.shard_status(), durable.asides(),
         durable.row_changes(), durable.pauses(), durable.limits(), durable.audit_list(text, text, text, timestamptz, int),
         durable.audit_page(timestamptz, timestamptz, int, bigint, int), durable.is_audited(), durable.audit_reaches_back()
         to durable_viewer, durable_operator;
@@ -50,6 +51,11 @@ begin
     grant execute on function durable.log(int), durable.locate(uuid), durable.by_prefix(text), durable.abandon(bigint, int), durable.cancel(uuid, text, text, boolean),
         durable.group_of(uuid), durable.pause(text, text, text), durable.resume(text, text, text),
         durable.set_priority(text, float8), durable.set_limit(text, int, int, interval), durable.reset_limit(text) to durable_operator;
+
+    -- Of a memo the paths; the values are payloads: durable.history is not among them.
+    grant execute on function durable.paths(uuid, int), durable.replay(uuid, text), durable.fork(uuid, text, text, text),
+        durable.replay_many(text, text, int, text, text, timestamptz, timestamptz, text, text, text, text),
+        durable.fork_many(text, text, text, text, int, text, text, timestamptz, timestamptz, text, text, text, text) to durable_operator;
 
     grant execute on function durable.schedules(text), durable.overdue() to durable_viewer, durable_operator;
     -- All of a schedule but its input, which is a payload: durable.schedule_input is not among them.

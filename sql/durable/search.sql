@@ -40,14 +40,15 @@ end
 $$;
 
 -- durable.list_query(…): the query of durable.list, which says what its arguments are. Its parameters: $1 workflow, $2 limit, $3 cursor,
--- $4 attributes, $5 from, $6 to, $7 the parent's first digits, $8 key, $9 status; $10, $11, $12 the days of $3, $5, $6.
+-- $4 attributes, $5 from, $6 to, $7 the parent's first digits, $8 key, $9 status;
+-- $10, $11, $12 the days of $3, $5, $6; $13 the origin's first digits.
 -- Newest first by the index on at. Those of one moment and one short id come together, also beyond the limit: paging on by what a
 -- cursor says would pass them over. The day of a workflow is that of its start, or, around midnight, the one before.
 create or replace function durable.list_query(i_workflow text, i_status text, i_after text, i_attributes jsonb, i_from timestamptz,
-    i_to timestamptz, i_parent text, i_key text) returns text
+    i_to timestamptz, i_parent text, i_key text, i_origin text) returns text
 language sql immutable
 as $$
-    select 'select s.id, s.day, s.workflow, s.version, s.key, s.at, s.parent from durable.started s where true'
+    select 'select s.id, s.day, s.workflow, s.version, s.key, s.at, s.parent, s.origin from durable.started s where true'
         || case when i_workflow is not null then ' and s.workflow = $1' else '' end
         || case when i_after is not null then
             ' and s.at <= durable.cursor_at($3) and s.day <= $10'
@@ -58,6 +59,8 @@ as $$
         || case when i_to is not null then ' and s.at < $6 and s.day <= $12' else '' end
         || case when i_parent is not null then
             ' and s.parent between rpad($7, 32, ''0'')::uuid and rpad($7, 32, ''f'')::uuid' else '' end
+        || case when i_origin is not null then
+            ' and s.origin between rpad($13, 32, ''0'')::uuid and rpad($13, 32, ''f'')::uuid' else '' end
         || case when i_key is not null then
             ' and s.key = $8 and s.id in (select k.id from durable.key k where k.key = $8'
             || case when i_workflow is not null then ' and k.workflow = $1)' else ')' end else '' end
@@ -76,13 +79,14 @@ $$;
 --   i_from, i_to  started then or later, and earlier than that
 --   i_parent      the first digits of the id of the workflow that spawned them; more than 12 are not looked at
 --   i_key         theirs, in whatever type; with i_workflow that is one look-up
+--   i_origin      the first digits of the id of the workflow that they were replayed or forked from
 -- Who runs is who has no end: nothing but a comparison of starts and ends tells. It is made over an hour, four, sixteen and so on back,
 -- because those that run are mostly among the newest.
 create or replace function durable.list(i_workflow text default null, i_status text default null, i_limit int default 50,
     i_after text default null, i_attributes text default null, i_from timestamptz default null, i_to timestamptz default null,
-    i_parent text default null, i_key text default null)
+    i_parent text default null, i_key text default null, i_origin text default null)
 returns table (id text, workflow text, version int, status text, key text, started_at timestamptz, finished_at timestamptz,
-    attributes jsonb, parent text, cursor text)
+    attributes jsonb, parent text, cursor text, origin text)
 language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp set enable_partitionwise_join = on set jit = off
 as $$
@@ -109,13 +113,15 @@ begin
         return query execute
             'select durable.short(w.id), w.workflow, w.version, coalesce(f.status, case when exists ('
             '   select from durable.dead_letter d where d.id = w.id) then ''stuck'' else ''running'' end), w.key, w.at, f.at,'
-            ' coalesce(a.attributes, ''{}''), durable.short(w.parent), durable.cursor_of(w.at, durable.short(w.id))'
-            ' from (' || durable.list_query(i_workflow, i_status, i_after, v_attributes, v_from, v_to, i_parent, i_key) || ') w'
+            ' coalesce(a.attributes, ''{}''), durable.short(w.parent), durable.cursor_of(w.at, durable.short(w.id)),'
+            ' durable.short(w.origin)'
+            ' from (' || durable.list_query(i_workflow, i_status, i_after, v_attributes, v_from, v_to, i_parent, i_key, i_origin) || ') w'
             ' left join durable.finished f on f.id = w.id and f.day = w.day'
             ' left join durable.attribute a on a.id = w.id'
             ' order by w.at desc, durable.short(w.id) desc, w.id desc'
             using i_workflow, v_left, i_after, v_attributes, v_from, v_to, durable.first_digits(i_parent), i_key, i_status,
-                durable.day_at(durable.cursor_at(i_after)), durable.day_at(v_from), durable.day_at(v_to);
+                durable.day_at(durable.cursor_at(i_after)), durable.day_at(v_from), durable.day_at(v_to),
+                durable.first_digits(i_origin);
         get diagnostics v_found = row_count;
         v_left := v_left - v_found;
         exit when v_left <= 0 or v_from is not distinct from i_from
@@ -123,5 +129,23 @@ begin
         v_to := v_from;
         v_hours := v_hours * 4;
     end loop;
+end
+$$;
+
+-- durable.list_total(…): how many workflows match, and the moment of the newest. Arguments: see durable.list.
+create or replace function durable.list_total(i_workflow text default null, i_status text default null, i_attributes text default null,
+    i_from timestamptz default null, i_to timestamptz default null, i_parent text default null, i_key text default null,
+    i_origin text default null, out workflows bigint, out newest timestamptz)
+language plpgsql stable security definer
+set search_path = pg_catalog, durable, pg_temp set enable_partitionwise_join = on set jit = off
+as $$
+declare
+    v_attributes jsonb := durable.checked_attributes(i_attributes);
+begin
+    execute 'select count(*), max(w.at) from ('
+        || durable.list_query(i_workflow, i_status, null, v_attributes, i_from, i_to, i_parent, i_key, i_origin) || ') w'
+        into workflows, newest
+        using i_workflow, 2147483647, null::text, v_attributes, i_from, i_to, durable.first_digits(i_parent), i_key, i_status,
+            null::int, durable.day_at(i_from), durable.day_at(i_to), durable.first_digits(i_origin);
 end
 $$;

@@ -9,12 +9,11 @@ as $$
         || '","s":"' || case i_field when 's' then '([a-z0-9_.-]+)' else '[a-z0-9_.-]+' end || '"'
 $$;
 
--- durable.locate(id): where a live workflow stands: its unfinished step events. Looks at open windows from their cursors on and at
--- what no tick covers yet, so it costs what the backlog of one shard costs, never history; then at what is not in the log.
---   place  queued, claimed, sleeping (until due), waiting (for a signal) or joining (its children) until due at the latest, detached,
---          limited (no permit yet), paused, or stuck (a dead letter)
-create or replace function durable.locate(i_id uuid)
-returns table (shard int, place text, step text, seq int, owner_is_silent boolean, due timestamptz)
+-- durable.standing(id): the unfinished step events of a live workflow, whole: payloads. Looks at open windows from their cursors on and
+-- at what no tick covers yet, so it costs what the backlog of one shard costs, never history; then at what is not in the log.
+--   place     see durable.locate; progress: what a step that runs beside the pages last said
+create or replace function durable.standing(i_id uuid)
+returns table (shard int, place text, line text, owner_is_silent boolean, due timestamptz, progress text)
 language plpgsql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -30,8 +29,7 @@ begin
          from pgque.tick t where t.tick_queue = v_shard.queue_id order by t.tick_id desc limit 1)
     loop
         return query execute
-            'select $8, $9, substring(l.line from durable.line_pattern(''s'')), substring(l.line from durable.line_pattern(''n''))::int, $10,'
-            ' null::timestamptz'
+            'select $8, $9, l.line, $10, null::timestamptz, null'
             ' from ('
             || durable.window_query(pgque.event_tables(v_shard.queue_id, v_win.s0), true, null)
             || ') e, string_to_table(e.body, E''\n'') with ordinality l(line, o)'
@@ -42,24 +40,37 @@ begin
                 v_shard.shard, v_win.place, v_win.silent, '{"w":"' || durable.hex(i_id) || '"%', (v_win.done).line;
     end loop;
     return query
-        select v_shard.shard, a.place, substring(a.line from durable.line_pattern('s')), a.seq, a.is_silent, a.due from (
-            select case when w.names is null then 'sleeping' when w.names = '{}' then 'joining' else 'waiting' end as place, w.line, w.seq, false as is_silent,
-                nullif(w.due, 'infinity') as due
+        select v_shard.shard, a.place, a.line, a.is_silent, a.due, a.progress from (
+            select case when w.names is null then 'sleeping' when w.names = '{}' then 'joining' else 'waiting' end as place, w.line,
+                false as is_silent, nullif(w.due, 'infinity') as due, null as progress
             from durable.wait w where w.id = i_id
             union all
             -- A timer that carries its line is due within a minute: the look is short.
-            (select 'sleeping', t.line, t.seq, false, t.due from durable.timer_control c, durable.timer t
+            (select 'sleeping', t.line, false, t.due, null from durable.timer_control c, durable.timer t
              where (t.due, t.id) > (c.reached_due, c.reached_id) and t.due < durable.timer_now() + interval '2 minutes'
                 and t.workflow_id = i_id and t.line is not null)
             union all
-            select 'detached', d.line, d.seq, d.owner = 0, null from durable.detached d where d.id = i_id
+            select 'detached', d.line, d.owner = 0, null, d.progress from durable.detached d where d.id = i_id
             union all
-            select 'limited', q.line, q.seq, false, null from durable.queued q where q.id = i_id
+            select 'limited', q.line, false, null, null from durable.queued q where q.id = i_id
             union all
-            select 'paused', p.line, p.seq, false, null from durable.parked p where p.id = i_id
+            select 'paused', p.line, false, null, null from durable.parked p where p.id = i_id
             union all
-            select 'stuck', d.line, d.seq, false, null from durable.dead_letter d where d.id = i_id) a;
+            select 'stuck', d.line, false, null, null from durable.dead_letter d where d.id = i_id) a;
 end
+$$;
+
+-- durable.locate(id): where a live workflow stands: its unfinished step events.
+--   place  queued, claimed, sleeping (until due), waiting (for a signal) or joining (its children) until due at the latest, detached,
+--          limited (no permit yet), paused, or stuck (a dead letter)
+create or replace function durable.locate(i_id uuid)
+returns table (shard int, place text, step text, seq int, owner_is_silent boolean, due timestamptz)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select s.shard, s.place, substring(s.line from durable.line_pattern('s')), substring(s.line from durable.line_pattern('n'))::int,
+        s.owner_is_silent, s.due
+    from durable.standing(i_id) s
 $$;
 
 -- durable.log(shard): the retained log of one shard, a row a step event, for people; ids are truncated.
