@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,12 @@ from durable_cluster.testing.server import server_in_memory
 
 SHARDS = 2
 TEMPLATE = "durable_template"
+
+
+def pytest_configure() -> None:
+    """A shell that runs this in the background has had it ignore Ctrl-C, and all that it starts: some tests send that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
