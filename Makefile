@@ -9,13 +9,17 @@ TIMES ?= $(if $(CHAOS),20,1)
 # Every command is a process: without bytecode each would compile all that it imports, a third of its start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-15 test-16 slow explore chaos survival bench bench-smoke mutants lint types loadtest clean
+.PHONY: demo test e2e test-15 test-16 slow explore chaos survival bench bench-smoke mutants lint types loadtest clean
 
 demo: $(READY)
 	$(BIN)/durable-cluster demo --times $(TIMES) $(if $(CHAOS),--chaos) $(if $(LINEAR),--linear)
 
 test: $(READY)
-	$(BIN)/pytest -n 3 --dist worksteal -m "not slow" tests
+	$(BIN)/pytest -n 3 --dist worksteal -m "not slow and not e2e" tests
+
+# Those that start clusters, servers, browsers and examples as their users do.
+e2e: $(READY)
+	$(BIN)/pytest -n 3 --dist worksteal -m "e2e and not slow" tests
 
 # The same tests on other servers: the wheel carries PostgreSQL 16 beside 18; 15 is the system's, where there is one.
 test-16: $(READY)
@@ -67,9 +71,9 @@ types: $(READY)
 	ln -s $(CURDIR)/cluster/* .types/durable_cluster/
 	for room in shards sql ops examples loadtest; do ln -s $(CURDIR)/$$room .types/durable_cluster/$$room; done
 
+# Users that start, signal and await workflows for 30 s, on a cluster of its own. USERS=50, SECONDS=60 and MIXES="OrderFlow FanOut" say otherwise.
 loadtest: $(READY)
-	$(BIN)/pip install --quiet -e '.[loadtest]'
-	$(BIN)/locust -f loadtest/locustfile.py --headless -u 50 -r 50 -t 30s
+	$(BIN)/python -m durable_cluster.loadtest.load $(if $(USERS),--users $(USERS)) $(if $(SECONDS),--seconds $(SECONDS)) $(MIXES)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'durable-cluster needs Python 3.11 or later; name one: make PYTHON=python3.12 …')"

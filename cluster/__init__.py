@@ -68,6 +68,7 @@ from durable_cluster.search import Listed
 from durable_cluster.settings import Settings
 from durable_cluster.signals import Signal
 from durable_cluster.statements import State
+from durable_cluster.timeline_statements import Moment, Timeline
 
 __all__ = [
     "App",
@@ -93,6 +94,7 @@ __all__ = [
     "Limit",
     "Listed",
     "Machine",
+    "Moment",
     "NonDeterminismError",
     "NotInstalled",
     "Recorded",
@@ -109,6 +111,7 @@ __all__ = [
     "StepFunction",
     "StepTimeout",
     "TerminalError",
+    "Timeline",
     "Turn",
     "UnknownWorkflow",
     "Where",

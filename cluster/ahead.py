@@ -17,6 +17,7 @@ from durable_cluster import memo
 from durable_cluster.commands import Call
 from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Goto, Retrying, Stuck
+from durable_cluster.dead_letters import brief_of
 from durable_cluster.errors import NOT_RETRIED, STEP_FAILURES, TerminalError
 from durable_cluster.failures import failure_of
 from durable_cluster.notes import noted_too
@@ -65,19 +66,47 @@ class Ahead:
         return None
 
     def _answer(self, execution: Execution, key: str, call: Any) -> tuple[bytes, Any]:
-        function, context = call.function, self._ctx
+        function, context, workflow = call.function, self._ctx, execution.workflow
         if function.takes_context:
             context = execution.context_of(self._ctx, key, call.name)
+        workflow.runs_now = call.name, 1
         try:
-            encoded, decoded = function.answer_of(function.run(context, msgspec.Raw(call.args)))
+            answer: tuple[bytes, Any]
+            if self._ctx.watch is None:  # as most: the step itself may be quicker than a context that does nothing
+                answer = function.answer_of(function.run(context, msgspec.Raw(call.args)))
+            else:
+                with self._ctx.watch.attempt(call.name, 1):
+                    answer = function.answer_of(function.run(context, msgspec.Raw(call.args)))
         except STEP_FAILURES as error:
             self._failed = key, error, context
             raise FirstAttemptFailed from error
-        else:
-            return encoded, decoded
         finally:
+            workflow.runs_now = None
             if context is not self._ctx:
                 self._ctx.notes = noted_too(self._ctx.notes, context.notes)
+        return answer
+
+
+class TimedAhead(Ahead):
+    """The same where the workflow is recorded: each step that runs ahead is told of by itself."""
+
+    def _answer(self, execution: Execution, key: str, call: Any) -> tuple[bytes, Any]:
+        began = time.monotonic()
+        timing = self._ctx.timing
+        assert timing is not None
+        try:
+            answer = super()._answer(execution, key, call)
+        except FirstAttemptFailed as failed:
+            error = failed.__cause__ or failed
+            timing.lap(call.name, began, outcome="failed", error=brief_of(execution.workflow, error))
+            raise
+        timing.lap(call.name, began)
+        return answer
+
+
+def ahead_of(ctx: Context, until: float) -> Ahead:
+    """The time that a step event gives, up to the monotonic moment ``until``."""
+    return (Ahead if ctx.timing is None else TimedAhead)(ctx, until)
 
 
 def _quick(execution: Execution) -> Pending | None:

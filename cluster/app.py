@@ -79,13 +79,15 @@ class App:
             payloads=self.payloads,
         )
 
-    def machine(self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None) -> Machine:
+    def machine(
+        self, name: str, *, state: Any = Any, version: int = 1, limit: Limit | None = None, history: bool = False
+    ) -> Machine:
         """A new kind of workflow called ``name`` ([a-z0-9_.-], at most 57). ``state``: the type of states that say no type.
 
-        ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order. ``version``: see
-        ``workflow``. Raises AppError.
+        ``limit``: how many of its workflows may live at once, or begin a period; the others wait, in order. ``version``,
+        ``history``: see ``workflow``. Raises AppError.
         """
-        machine = Machine(self, name, state=state, version=version, limit=limit)
+        machine = Machine(self, name, state=state, version=version, limit=limit, history=history)
         self._add(machine)
         return machine
 
@@ -162,7 +164,13 @@ class App:
     def workflow(self, function: Callable[[In], R], /) -> Workflow[In, R]: ...
     @overload
     def workflow(
-        self, *, name: str | None = None, version: int = 1, limit: Limit | None = None, keeps_memo: bool = False
+        self,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        limit: Limit | None = None,
+        keeps_memo: bool = False,
+        history: bool = False,
     ) -> WorkflowDecorator: ...
     def workflow(
         self,
@@ -172,12 +180,14 @@ class App:
         version: int = 1,
         limit: Limit | None = None,
         keeps_memo: bool = False,
+        history: bool = False,
     ) -> Any:
         """Make a function a workflow: linear code whose awaits of steps, sleeps, signals and children are checkpoints.
 
         It takes one input, or none. Between its awaits it has to come to the same again: time, chance and I/O belong into steps,
         ``now()``, ``uuid4()``, ``random()`` and ``side_effect()``. ``limit``: how many may live at once, or begin a period.
         ``keeps_memo``: one that completed keeps what it recorded, for ``history()`` and ``fork()``, as the others do in any case.
+        ``history``: when each of its steps ran, for how long, and what it came to, is recorded for ``timeline()``.
         ``version``: a whole number; a workflow goes on with the code of its version if there is any (under the same ``name``), else
         with that of the next version, and waits where all code is older. Raises AppError.
         """
@@ -185,7 +195,9 @@ class App:
         def register(function: Callable[..., Any]) -> Workflow[Any, Any]:
             if not callable(function):
                 raise AppError(f"@app.workflow makes a function a workflow; app.named({function!r}) finds one")
-            made: Workflow[Any, Any] = Workflow(self, function, name=name, version=version, limit=limit)
+            made: Workflow[Any, Any] = Workflow(
+                self, function, name=name, version=version, limit=limit, history=history
+            )
             made.keeps_memo = keeps_memo
             self._add(made)
             return made
@@ -218,9 +230,10 @@ class App:
             )
         return self.machines[name]
 
-    def declared_types(self) -> Sequence[Declared]:
-        """What the database is told of the workflows that can be started."""
-        return [machine.declared() for machine in self.machines.values() if machine.first is not None]
+    def declared_types(self, settings: Settings) -> Sequence[Declared]:
+        """What the database is told of the workflows that can be started. ``settings``: those that they run under."""
+        sample = settings.history_sample
+        return [machine.declared(sample) for machine in self.machines.values() if machine.first is not None]
 
     def schedule(
         self,
@@ -311,7 +324,7 @@ class App:
 
         ``until_idle``: return when no step is ready, due within a minute, or held by a process that died, which others take up
         ``dead_interval_s`` after it was last heard of; else run until ``timeout`` seconds have passed, or for ever. Gives how
-        many steps ran.
+        many steps ran. Steps that this app has no code for are not waited for; how many there are, the log says.
         A database without the schema gets it first when it is the local one; any other raises NotInstalled.
         """
         limit = None if timeout is None else timedelta(seconds=timeout)

@@ -15,9 +15,12 @@ from durable_cluster.beside import Beside, Run
 from durable_cluster.context import short_id
 from durable_cluster.envelope import Envelope, decode_line, encode
 from durable_cluster.executor import Task
+from durable_cluster.failures import timed_out
 from durable_cluster.handoff import NOBODYS_FAULT, Answer
 from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
+from durable_cluster.timing import timed
+from durable_cluster.traced import told
 
 if TYPE_CHECKING:
     from durable_cluster.machine import Machine
@@ -109,7 +112,6 @@ class Aside:
     def _hand_on(self) -> int:
         for run in self._beside.ended(self._settings.page_lines_max - len(self._answers)):
             assert run.result is not None
-            self._pages.took(run)
             self._answers.append(Answer(run.task.envelope, run.shard, run.result))
         if not self._answers:
             return 0
@@ -146,8 +148,9 @@ class Aside:
 
     def _resolved(self, envelope: Envelope, crashes: int) -> Task | executor.Result | None:
         if crashes > self._settings.max_crashes:
-            return dead_letters.crashed(envelope, crashes - 1)
-        return executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
+            return told(self._pages.steps, dead_letters.crashed(envelope, crashes - 1))
+        task = executor.resolve(self._machines, envelope, limit_s=self._settings.unroutable_limit_s)
+        return task if isinstance(task, Task) else told(self._pages.steps, task)
 
     def _end_overdue(self) -> None:
         """A handler that did not let itself be interrupted: its process ends, or where that cannot be, its answer is dropped."""
@@ -164,8 +167,10 @@ class Aside:
                 side_statements.single_out(self.connection, self.owner, run.key)
                 self._on_hang(run)
             self._beside.drop([run])
-            result = executor.failed(run.task, executor.timed_out(run.task), run.context)
-            self._answers.append(Answer(envelope, run.shard, result))
+            late = timed_out(envelope.step, run.task.step.timeout_s)
+            self._pages.steps.tell(envelope, str(late))
+            result = executor.failed(run.task, late, run.context)
+            self._answers.append(Answer(envelope, run.shard, timed(run.context, envelope, result)))
 
     def _end_taken(self) -> None:
         """Steps whose rows a cancel or another process has taken run for nothing."""

@@ -263,7 +263,7 @@ async def loop(state: S) -> AsyncIterator[Turn[S]]:
     key = execution.key("loop")
     position = key.partition(" ")[0]
     decoder = decoder_of(_type_of(state), "the state of a loop")
-    known, upcasts = execution.recorded(key), execution.workflow.app.upcasts
+    known, upcasts = execution.recorded.instant(key), execution.workflow.app.upcasts
     recorded = _recorded.decode(known) if known is not None else _Recorded(0, msgspec.Raw(encode(state)))
     while True:
         branch.prefix, branch.awaits, branch.branches = f"{position}~{recorded.n}.", 0, 0
@@ -271,7 +271,7 @@ async def loop(state: S) -> AsyncIterator[Turn[S]]:
         yield turn
         recorded = _Recorded(recorded.n + 1, msgspec.Raw(encode(turn.state)))
         execution.record(key, encode(recorded))
-        execution.forget_below(f"{position}~")
+        execution.recorded.forget(f"{position}~")
 
 
 def scope(function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
@@ -285,7 +285,7 @@ async def _scoped(execution: Execution, function: Callable[..., Any], args: Any,
     key = execution.key("scope")
     position = key.partition(" ")[0]
     decoder = decoder_of(_returned_by(function), f"what scope({function.__name__}) returns")
-    known = execution.recorded(key)
+    known = execution.recorded.instant(key)
     if known is None:
         before = branch.prefix, branch.awaits, branch.branches
         branch.prefix, branch.awaits, branch.branches = f"{position}~.", 0, 0
@@ -293,7 +293,7 @@ async def _scoped(execution: Execution, function: Callable[..., Any], args: Any,
         branch.prefix, branch.awaits, branch.branches = before
         known = msgspec.Raw(encode(value))
         execution.record(key, bytes(known))
-        execution.forget_below(f"{position}~")
+        execution.recorded.forget(f"{position}~")
     return execution.workflow.app.upcasts.decoded(decoder, known)
 
 

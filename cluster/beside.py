@@ -19,11 +19,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from durable_cluster import executor
+from durable_cluster import executor, running
 from durable_cluster.context import Context
 from durable_cluster.errors import StepTimeout
 from durable_cluster.executor import Result, Task
+from durable_cluster.failures import told_of
 from durable_cluster.settings import Settings
+from durable_cluster.timing import timed
 from durable_cluster.traced import Steps
 
 logger = logging.getLogger("durable_cluster.beside")
@@ -53,7 +55,6 @@ class Run:
         "shard",
         "task",
         "thread_id",
-        "took_s",
     )
 
     def __init__(self, task: Task, shard: int, crashes: int = 0) -> None:
@@ -65,7 +66,6 @@ class Run:
         self.is_detached = self.is_dropped = self.is_recorded = False
         self.begun_at: float | None = None
         self.late_since: float | None = None
-        self.took_s = 0.0
         self.reported = self.context.said
         self.published = self.context.published
         self.latch: Latch | None = None
@@ -172,6 +172,11 @@ class Beside:
                     self._ended.remove(run)
             self._interrupt(run, asyncio.CancelledError)
 
+    def running(self) -> list[Run]:
+        """Those that run now, waited for or not."""
+        with self._lock:
+            return list(self._running)
+
     def detached(self) -> list[Run]:
         """The detached steps that run now."""
         with self._lock:
@@ -243,10 +248,11 @@ class Beside:
                 run.canceller = loop.create_task(self._run_async(run))
 
     async def _run_async(self, run: Run) -> None:
+        running.begin(run.task.envelope)
         try:
             result = await self._steps.run_async(run.task, run.context)
         except BaseException as error:  # whatever it is, it is this step's
-            result = executor.failed(run.task, error, run.context)
+            result = timed(run.context, run.task.envelope, executor.failed(run.task, error, run.context))
         self._end(run, result)
 
     def _work(self) -> None:
@@ -275,6 +281,7 @@ class Beside:
 
     def _run_interruptibly(self, run: Run) -> Result:
         """Run a step of this thread. An interruption may also reach this thread between two lines of ours, and only once."""
+        running.begin(run.task.envelope)
         result: Result | None = None
         while True:
             try:
@@ -287,14 +294,14 @@ class Beside:
                 return result
             except BaseException as error:
                 if result is None:
-                    result = executor.failed(run.task, executor.told_of(run.task, error), run.context)
+                    failed = executor.failed(run.task, told_of(run.task, error), run.context)
+                    result = timed(run.context, run.task.envelope, failed)
 
     def _end(self, run: Run, result: Result) -> None:
         with self._lock:
             if run.result is not None:
                 return
             run.result, run.thread_id = result, None
-            run.took_s = time.monotonic() - (run.begun_at or 0.0)
             self._forget(run)
             if run.is_dropped:
                 return

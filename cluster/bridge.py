@@ -11,6 +11,7 @@ import greenlet
 async def run(function: Callable[..., Any], *args: Any) -> Any:
     """What the function returns; awaits what its lines ask for on the way."""
     lines = greenlet.greenlet(function)
+    lines.gr_context = greenlet.getcurrent().gr_context  # its own would know none of the caller's context variables
     asked = lines.switch(*args)
     while not lines.dead:
         try:

@@ -31,6 +31,7 @@ from durable_cluster.polling import pauses
 from durable_cluster.replays import KEPT, Replayable
 from durable_cluster.settings import checked_name, environment
 from durable_cluster.statements import State
+from durable_cluster.traceparents import traceparent_of
 from durable_cluster.transactions import Transaction, joined
 
 OUTAGE_S_MAX = 30.0
@@ -114,6 +115,7 @@ class Client:
         attributes: str | None,
         tx: Transaction | None,
         priority: float = 1,
+        traceparent: str | None = None,
     ) -> str:
         """The id of the started (or, by its key, known) workflow."""
         workflow_id, _ = statements.start(
@@ -125,6 +127,7 @@ class Client:
             key=key,
             begin=begin,
             attributes=attributes,
+            traceparent=traceparent_of(traceparent),
             priority=priority,
         )
         return workflow_id
@@ -141,6 +144,7 @@ class Client:
         attributes: Sequence[str] | None,
         tx: Transaction | None,
         priority: float = 1,
+        traceparent: str | None = None,
     ) -> list[str]:
         """The ids, in the order of ``payloads``."""
         rows = statements.start_many(
@@ -152,6 +156,7 @@ class Client:
             keys=keys,
             begin=begin,
             attributes=attributes,
+            traceparent=traceparent_of(traceparent),
             priority=priority,
         )
         return [workflow_id for workflow_id, _ in rows]

@@ -20,7 +20,7 @@ TEXTS = "texts"
 
 
 class Where(msgspec.Struct, frozen=True):
-    """Which value it is. ``kind``: input, state, result, signal, progress, heartbeat or failure.
+    """Which value it is. ``kind``: input, state, memo, result, signal, progress, heartbeat or failure.
 
     ``workflow_id``: whole, a capability; of an input nothing: it is coded before there is an id.
     """

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from asyncio import timeout
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -16,11 +18,13 @@ from durable_cluster import memo
 from durable_cluster.commands import Alarm, Call
 from durable_cluster.context import Context
 from durable_cluster.continuation import Continuation, Goto, Stuck
+from durable_cluster.dead_letters import brief_of
 from durable_cluster.envelope import encode
-from durable_cluster.errors import NOT_RETRIED, STEP_FAILURES, StepTimeout, TerminalError
+from durable_cluster.errors import NOT_RETRIED, STEP_FAILURES, InputError, TerminalError
 from durable_cluster.execution import Execution, Pending
-from durable_cluster.failures import failure_of
+from durable_cluster.failures import failure_of, timed_out
 from durable_cluster.notes import noted_too
+from durable_cluster.running import RUNNING, Running
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -47,6 +51,7 @@ class _Several:
         self.execution = execution
         self.running: dict[str, asyncio.Task[Answered]] = {}
         self.said: list[msgspec.Raw] = []
+        self.room = execution.workflow.app.settings.payload_bytes_max - len(b"[]")
         self.end: Continuation | None = None
         self._alarms: dict[str, float] = {}
 
@@ -73,7 +78,7 @@ class _Several:
             pending = self.execution.pending.get(entry.key)
             if pending is None:
                 continue
-            self.said.append(msgspec.Raw(encoded))
+            self._say(encoded)
             if entry.failure is not None:
                 self.execution.fail(entry.key, entry.failure)
             else:
@@ -110,21 +115,28 @@ class _Several:
                     return
             else:
                 entry = memo.completed(key, answered.encoded)
-                self.said.append(msgspec.Raw(entry))
+                self._say(entry)
                 self.execution.answer(key, entry, answered.value)
         for pending in self._over():
             self.execution.answer(pending.key, memo.completed(pending.key, b"null"), None)
-        self.ctx.heartbeat(self.said)
+        with suppress(InputError):  # a codec may make it larger than there is room for: what was said before stands
+            self.ctx.heartbeat(self.said)
 
     def _fail(self, key: str, error: BaseException) -> None:
         """A step failed for good. If the function does not catch that, a retry begins with this step, and what else did not end."""
         execution, failure = self.execution, failure_of(error)
         before = msgspec.Raw(execution.encoded(""))
         execution.fail(key, failure)
-        self.said.append(msgspec.Raw(memo.failed(key, failure)))
+        self._say(memo.failed(key, failure))
         if execution.is_last_failure_uncaught and not isinstance(error, TerminalError):
             self.end = Stuck(Goto(self.ctx.step, before), error)
             execution.close()
+
+    def _say(self, entry: bytes) -> None:
+        """Let it be known if this process dies, as far as there is room: what is not known runs again."""
+        if len(entry) < self.room:
+            self.room -= len(entry) + 1
+            self.said.append(msgspec.Raw(entry))
 
     def _over(self) -> list[Pending]:
         now = asyncio.get_running_loop().time()
@@ -141,35 +153,46 @@ class _Several:
         timeout_s = call.options.timeout_s or function.timeout_s
         attempt, said = 1, None
         while True:
+            began = time.monotonic()
             context = self.execution.context_of(self.ctx, key, function.name, attempt=attempt, progress=said)
+            RUNNING.set(Running(self.ctx.envelope, function.name, attempt))
             try:
-                async with timeout(timeout_s) as limit:
-                    value = await self._run(call, context)
-                encoded, decoded = function.answer_of(value)
+                with self.ctx.attempt_of(function.name, attempt):
+                    encoded, decoded = function.answer_of(await self._run(call, context, timeout_s))
             except STEP_FAILURES as error:
-                known = _timed_out(call, timeout_s) if isinstance(error, TimeoutError) and limit.expired() else error
-                if (
-                    attempt >= policy.attempts
-                    or not policy.is_retried(known)
-                    or isinstance(known, (*NOT_RETRIED, TerminalError))
-                ):
-                    return Answered(error=known)
+                is_last = attempt >= policy.attempts or not policy.is_retried(error)
+                is_last = is_last or isinstance(error, (*NOT_RETRIED, TerminalError))
+                self._tell(call, began, attempt, error, "failed" if is_last else "retrying")
+                if is_last:
+                    return Answered(error=error)
                 said = context.said
                 pause_s = policy.pause_s(attempt, chance=random.random())
                 await asyncio.sleep(self.execution.workflow.app.clock.real_s(pause_s))
                 attempt += 1
             else:
                 self.ctx.notes = noted_too(self.ctx.notes, context.notes)
+                self._tell(call, began, attempt)
                 return Answered(encoded, decoded)
 
-    async def _run(self, call: Call, context: Context) -> Any:
+    def _tell(
+        self, call: Call, began: float, attempt: int, error: BaseException | None = None, outcome: str = "continued"
+    ) -> None:
+        """An attempt has ended: for the timeline of a workflow that is recorded."""
+        if self.ctx.timing is not None:
+            said = "" if error is None else brief_of(self.execution.workflow, error)
+            self.ctx.timing.lap(call.name, began, attempt=attempt, outcome=outcome, error=said)
+
+    async def _run(self, call: Call, context: Context, timeout_s: float) -> Any:
+        """One attempt. Raises StepTimeout for one that takes longer, and what the function raises."""
         function = call.function
-        if function.is_async:
-            return await function.run(context, msgspec.Raw(call.args))
-        if function.is_blocking:
-            return await asyncio.to_thread(function.run, context, msgspec.Raw(call.args))
-        return function.run(context, msgspec.Raw(call.args))
-
-
-def _timed_out(call: Call, timeout_s: float) -> StepTimeout:
-    return StepTimeout(f"step '{call.name}' did not end within its timeout of {timeout_s:g} s")
+        try:
+            async with timeout(timeout_s) as limit:
+                if function.is_async:
+                    return await function.run(context, msgspec.Raw(call.args))
+                if function.is_blocking:
+                    return await asyncio.to_thread(function.run, context, msgspec.Raw(call.args))
+                return function.run(context, msgspec.Raw(call.args))
+        except TimeoutError as error:
+            if limit.expired():
+                raise timed_out(call.name, timeout_s) from error
+            raise

@@ -29,7 +29,7 @@ from durable_cluster.executor import Task
 from durable_cluster.handoff import NOBODYS_FAULT, Window
 from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
-from durable_cluster.traced import page_of, steps_of
+from durable_cluster.timed import page_of, steps_of
 
 if TYPE_CHECKING:
     from durable_cluster.machine import Machine
@@ -69,13 +69,14 @@ class Consumer:
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = self._connected("starting")
         self._is_notified = False
-        self._steps = steps_of(tracing)
+        self._steps = steps_of(tracing, machines, settings)
         beside = self._beside = Beside(settings, steps=self._steps)
         secret = side_statements.secret(self._connection)
         for machine in machines.values():
             machine.app.secret = secret
         self._see_clock()
         self._pages = PageRunner(self._connection, machines, settings, beside, steps=self._steps)
+        self.meters = self._pages.meters
         self._aside = Aside(self._connection, machines, settings, beside=beside, pages=self._pages, on_hang=on_hang)
         self._joined: list[int] = []
         self._has_appended: dict[int, bool] = {}
@@ -295,7 +296,7 @@ class Consumer:
         """Read about as many lines a page as begin within its time: what is left of it would be read and decoded again."""
         lines_max = self._limits["lines_max"]
         if begun < read:
-            self._limits["lines_max"] = max(self._lines_min, min(lines_max, 2 * begun))
+            self._limits["lines_max"] = max(self._lines_min, min(lines_max, 4 * begun))
         elif read == lines_max:
             self._limits["lines_max"] = min(self._settings.page_lines_max, 2 * lines_max)
 
@@ -305,19 +306,17 @@ class Consumer:
 
     def _rescued(self, shard: int) -> str | None:
         """While a window is open, which may be long: a page of a silent owner's, if it is time to look for one."""
-        if not self._is_probing():
+        if not self._is_probing(shard):
             return None
-        self._has_probed(shard)
         return statements.rescue(self._connection, shard, owner=self.owner, dead_interval=self._dead, **self._limits)
 
     def _claim(self, shard: int) -> str | None:
         if shard not in self._joined:
             statements.join_shard(self._connection, shard, self._member)
             self._joined.append(shard)
-        is_probing = self._is_probing()
-        if is_probing:
-            self._has_probed(shard)
-        return statements.claim(
+        is_probing = self._is_probing(shard)
+        began = time.perf_counter()
+        text = statements.claim(
             self._connection,
             shard,
             member=self._member,
@@ -326,15 +325,16 @@ class Consumer:
             is_expected=self._has_appended.pop(shard, False),
             **self._limits,
         )
+        if text is not None:
+            self.meters.claimed(shard, began)
+        return text
 
-    def _is_probing(self) -> bool:
-        """Whether it is time to look for windows of silent owners."""
-        return time.monotonic() >= self._probe_takeover_at
-
-    def _has_probed(self, shard: int) -> None:
-        """Once the last of its shards has been probed, the next round is due a while later."""
-        if shard == self.shards[-1]:
+    def _is_probing(self, shard: int | None = None) -> bool:
+        """Whether it is time to look for windows of silent owners; a while later again, once the last of its shards was it."""
+        is_due = time.monotonic() >= self._probe_takeover_at
+        if is_due and shard == self.shards[-1]:
             self._probe_takeover_at = time.monotonic() + self._settings.takeover_probe_s
+        return is_due
 
     def _look(self) -> tuple[bool, float | None]:
         """Whether there is anything to do, and in how many seconds the next timer is due. What is due is fired."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,13 @@ from durable_cluster.joins import Child, ChildResult, Results, checked_children
 from durable_cluster.logs import WorkflowLogger
 from durable_cluster.notes import Attributes, Notes, checked_attributes, checked_progress
 from durable_cluster.retry import Retry
+from durable_cluster.running import UNWATCHED, Watch
 from durable_cluster.settings import checked_name
 from durable_cluster.signals import Signal, signal_of, token, token_seq_of
 
 if TYPE_CHECKING:
     from durable_cluster.machine import Machine
+    from durable_cluster.timing import Timing
 
 SHORT_ID_DIGITS = 12
 
@@ -51,6 +54,8 @@ class Context(msgspec.Struct, eq=False, gc=False):
     _children: list[ChildResult] | None = None
     notes: Notes | None = None
     _call: Asked | None = None
+    timing: Timing | None = None
+    watch: Watch | None = None
 
     def __repr__(self) -> str:
         return f"<Context of step {self.seq} ('{self.step}') of {self.short_id}…>"
@@ -71,6 +76,10 @@ class Context(msgspec.Struct, eq=False, gc=False):
     def answers(self, call: Asked) -> None:
         """The step is that of a linear workflow, which waits for it there."""
         self._call = call
+
+    def attempt_of(self, step: str, attempt: int) -> AbstractContextManager[None]:
+        """Around one attempt of one of the steps that this event of a linear workflow runs: a tracer may watch it."""
+        return UNWATCHED if self.watch is None else self.watch.attempt(step, attempt)
 
     @property
     def workflow_id(self) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import traceback
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import msgspec
 
 from durable_cluster.codec import Where
+from durable_cluster.context import short_id
 from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import DurableError
 from durable_cluster.limits import without_permit
@@ -52,13 +54,13 @@ def failure(envelope: Envelope, said: dict[str, Any], *, memo: bytes = b"") -> O
 def said_of(envelope: Envelope, reason: str, trace: str | None = None) -> dict[str, Any]:
     """The details of a failure, for everybody to read."""
     said: dict[str, Any] = {
-        "reason": _clean(reason[:REASON_CHARS_MAX]),
+        "reason": clean(without_id(reason, envelope)[:REASON_CHARS_MAX]),
         "step": envelope.step,
         "seq": envelope.seq,
         "attempt": envelope.attempt,
     }
     if trace is not None:
-        said["traceback"] = _clean(trace)
+        said["traceback"] = clean(without_id(trace, envelope))
     return said
 
 
@@ -85,6 +87,15 @@ def brief_of(machine: Machine, error: BaseException) -> str:
     return reason_of(error) if machine.app.payloads.codec is None else type(error).__name__
 
 
+def without_id(text: str, envelope: Envelope) -> str:
+    """A text for everybody, which may be a user's: the id of his workflow, a capability, is truncated in it."""
+    whole = envelope.workflow_id
+    if not envelope.is_of_a_workflow:
+        return text
+    short = f"{short_id(whole)}…"
+    return text.replace(whole, short).replace(str(UUID(whole)), short)
+
+
 def _trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-TRACEBACK_CHARS_MAX:]
 
@@ -96,6 +107,6 @@ def _said(error: BaseException) -> str:
         return "(it cannot be printed)"
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """``text`` without what neither JSON nor Postgres can hold."""
     return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()

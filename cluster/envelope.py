@@ -46,6 +46,7 @@ class Envelope(
         "cancelled": "c",
         "has_children": "j",
         "permit": "l",
+        "traceparent": "t",
     },
 ):
     """A step event. ``workflow_id``: 32 hex digits; ``seq``: counts the workflow's steps from 1; ``state``: JSON, undecoded.
@@ -54,7 +55,7 @@ class Envelope(
     process knew the step. ``retry``: a policy for this call alone. ``progress``: what the last attempt said, as JSON.
     ``event``: the signal that the step was resumed with, undecoded; empty without one.
     ``cancelled``: why the workflow was cancelled, in the steps of its cleanup. ``has_children``: it was resumed by its children.
-    ``permit``: which permits it has been given: see ``limits``.
+    ``permit``: which permits it has been given: see ``limits``. ``traceparent``: of who started the workflow, with its first step.
     """
 
     workflow_id: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
@@ -72,6 +73,7 @@ class Envelope(
     cancelled: str = ""
     has_children: bool = False
     permit: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    traceparent: str = ""
 
     @property
     def has_names(self) -> bool:

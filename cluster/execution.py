@@ -18,12 +18,13 @@ from durable_cluster.codec import Where
 from durable_cluster.commands import Alarm, Command
 from durable_cluster.context import Asked, Context
 from durable_cluster.envelope import encode
-from durable_cluster.errors import ChildFailed, HandlerError, NonDeterminismError
+from durable_cluster.errors import ChildFailed, HandlerError, InputError, NonDeterminismError
 from durable_cluster.failures import is_in, rebuilt
 from durable_cluster.joins import Child
 from durable_cluster.loop import WorkflowLoop
 from durable_cluster.memo import CANCEL_KEY, Carried, Entry, Failure
 from durable_cluster.notes import Attributes, Notes, checked_attributes, checked_progress
+from durable_cluster.recorded import Recorded
 
 if TYPE_CHECKING:
     from durable_cluster.ahead import Ahead
@@ -67,10 +68,11 @@ class ContinueAsNew(BaseException):
 class Execution:
     """One workflow's function, its branches, and what each of them waits for."""
 
-    def __init__(self, workflow: Workflow[Any, Any], workflow_id: str, carried: Carried) -> None:
+    def __init__(self, workflow: Workflow[Any, Any], recorded: Recorded) -> None:
         self.workflow = workflow
-        self.workflow_id = workflow_id
-        self.carried = carried
+        self.workflow_id = recorded.workflow_id
+        self.carried = carried = recorded.carried
+        self.recorded = recorded
         self.thread_id = 0
         self.is_sync = workflow.is_sync
         self.loop = WorkflowLoop(self)  # type: ignore[abstract]
@@ -87,11 +89,6 @@ class Execution:
         self.ahead: Ahead | None = None
         self.is_replaying = True
         self.notes: Notes | None = None
-        self._input = bytes(carried.input)
-        self._keys: list[str] = []
-        self._entries: list[bytes] = []
-        self._instants: dict[str, msgspec.Raw] = dict(carried.instants)
-        self._met: set[str] | None = set() if carried.is_forked else None
         self._patches = set(carried.patches)
         self._unread: dict[str, str] = {}
         self._is_closed = False
@@ -106,7 +103,7 @@ class Execution:
 
     def enter(self, main: Coroutine[Any, Any, Any], *, is_first: bool) -> None:
         """Begin the function and feed it with what is recorded. ``is_first``: no line of it has run before."""
-        recorded = memo.decoded_entries(self.carried.entries)
+        recorded, self.recorded.replay = self.recorded.replay, []
         self._unread = _names(recorded)
         self.is_replaying = not is_first
         self.main = self.loop.create_task(main)
@@ -119,9 +116,7 @@ class Execution:
             else:
                 self._replay(entry, encoded)
         self.is_replaying = False
-        if self._met is not None:  # the other instants of a fork are of the original's further life
-            self._instants = {key: value for key, value in self._instants.items() if key in self._met}
-            self._met = None
+        self.recorded.replayed()
 
     def answer(self, key: str, encoded: bytes, value: Any) -> None:
         """An await came to ``value``; ``encoded``: its entry. On to where the function waits again."""
@@ -160,6 +155,7 @@ class Execution:
 
     def as_new(self, value: msgspec.Raw) -> Carried:
         """What it begins again with."""
+        self.recorded.drop_chain()
         return Carried(value, spawned=self.spawned, tokens=self.tokens, run=self.carried.run + 1)
 
     def close(self) -> None:
@@ -194,25 +190,25 @@ class Execution:
         return error is not None and any(is_in(failure, error) for failure in self._failures)
 
     def encoded(self, key: str, args: bytes = b"[]") -> bytes:
-        """Its state as it goes into the log. ``key``: of what the next step event answers, with a step's ``args``, or nothing."""
-        if not (self._instants or self._patches or self.spawned or self.tokens or self.carried.run):
-            # What most carry, put together in place of encoded.
-            answers = b',"a":["%b",%b]' % (key.encode(), args) if key else b""
-            self.expects = b'{"i":%b,"m":[%b]%b}' % (self._input, b",".join(self._entries), answers)
-            return self.expects
-        asked = memo.Asked(key, msgspec.Raw(args)) if key else None
-        carried = Carried(
-            self.carried.input,
-            msgspec.Raw(b"[" + b",".join(self._entries) + b"]"),
-            asked,
-            self._instants,
-            sorted(self._patches),
-            self.spawned,
-            self.tokens,
-            self.carried.run,
-        )
-        self.expects = encode(carried)
+        """Its state as it goes into the log. ``key``: of what the next step event answers, with a step's ``args``, or nothing.
+
+        Raises HandlerError.
+        """
+        is_plain = not (self._patches or self.spawned or self.tokens or self.carried.run)
+        try:
+            self.expects = self.recorded.state(key, args, None if is_plain else self._rest())
+        except HandlerError:
+            self.close()
+            raise
         return self.expects
+
+    def history(self) -> bytes:
+        """All that is recorded, wherever it stands, as a state. Raises HandlerError, Unreadable."""
+        return encode(self.recorded.whole(self._rest()))
+
+    def _rest(self) -> Carried:
+        """What few carry."""
+        return Carried(patches=sorted(self._patches), spawned=self.spawned, tokens=self.tokens, run=self.carried.run)
 
     def context_of(self, ctx: Context, key: str, step: str, *, attempt: int = 1, progress: Any = None) -> Context:
         """What one of several steps is told that run in the event of ``ctx``."""
@@ -232,9 +228,12 @@ class Execution:
     def instant(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns (JSON), recorded: the same whenever this line runs again."""
         key = self.key(name)
-        if self.recorded(key) is None:
-            self._instants[key] = msgspec.Raw(encode(make()))
-        return msgspec.json.decode(self._instants[key])
+        known = self.recorded.instant(key)
+        if known is None:
+            encoded = encode(make())
+            self.record(key, encoded)
+            known = msgspec.Raw(encoded)
+        return msgspec.json.decode(known)
 
     def time(self) -> float:
         """Seconds since 1970 by the database's clock, recorded."""
@@ -271,15 +270,15 @@ class Execution:
         task = asyncio.current_task(self.loop)
         return self._root if task is None else self._branches.get(task, self._root)
 
-    def recorded(self, key: str) -> msgspec.Raw | None:
-        """An instant, if there is one."""
-        if self._met is not None:
-            self._met.add(key)
-        return self._instants.get(key)
-
     def record(self, key: str, value: bytes) -> None:
-        """An instant of this key, from now on."""
-        self._instants[key] = msgspec.Raw(value)
+        """An instant of this key, from now on. Raises InputError."""
+        app = self.workflow.app
+        limit = app.settings.payload_bytes_max
+        if len(value) > limit and app.payloads.codec is None:
+            raise InputError(
+                f"{memo.told(key)} would record {len(value):,} bytes, the limit is {limit:,}; store them, and record a reference"
+            )
+        self.recorded.set_instant(key, msgspec.Raw(value))
 
     def patched(self, name: str) -> bool:
         """Whether this run takes the change called ``name``: it was not past it before the change was made."""
@@ -297,13 +296,6 @@ class Execution:
         if progress is not None:
             where = Where(self.workflow.name, "progress", self.workflow_id)
             notes.progress = checked_progress(progress, self.workflow.app.payloads, where, step=self.workflow.name)
-
-    def forget_below(self, prefix: str) -> None:
-        """Drop what is recorded of awaits whose position begins so: what they led to is recorded."""
-        kept = [(key, one) for key, one in zip(self._keys, self._entries, strict=True) if not key.startswith(prefix)]
-        self._keys, self._entries = [key for key, _ in kept], [one for _, one in kept]
-        for key in [key for key in self._instants if key.startswith(prefix)]:
-            del self._instants[key]
 
     def spawn(self, children: Sequence[Child]) -> int:
         """Start children with the next step event. The number of the first in this workflow, from 0; the others follow."""
@@ -330,10 +322,10 @@ class Execution:
         if not pending.future.done():
             pending.future.set_exception(error)
 
-    def record_entry(self, key: str, encoded: bytes) -> None:
-        """What an await came to; of one that did not have to wait, all there is to do."""
-        self._keys.append(key)
-        self._entries.append(encoded)
+    def record_entry(self, key: str, encoded: bytes | None) -> None:
+        """What an await came to; of one that did not have to wait, all there is to do. None: it stands in a chunk."""
+        if encoded is not None:
+            self.recorded.record(key, encoded)
         self.turn += 1
 
     def key(self, name: str) -> str:
@@ -352,7 +344,7 @@ class Execution:
             )
         return f"{position} {name}"
 
-    def _replay(self, entry: Entry, encoded: bytes) -> None:
+    def _replay(self, entry: Entry, encoded: bytes | None) -> None:
         pending = self.pending.pop(entry.key, None)
         if pending is None:
             self._refuse_recorded(entry.key)
@@ -376,7 +368,7 @@ class Execution:
         now = "has ended before it" if self.main.done() else f"waits for {asks or 'nothing'}"
         self._set_wrong(f"{memo.told(key)} is recorded, and the code now {now}")
 
-    def _cancel(self, reason: str, encoded: bytes) -> None:
+    def _cancel(self, reason: str, encoded: bytes | None) -> None:
         self.record_entry(CANCEL_KEY, encoded)
         self.main.cancel(reason)
         self.loop.run_ready()
@@ -394,7 +386,7 @@ class Execution:
             )
 
 
-def _names(recorded: Sequence[tuple[Entry, bytes]]) -> dict[str, str]:
+def _names(recorded: Sequence[tuple[Entry, bytes | None]]) -> dict[str, str]:
     """What is recorded, by position."""
     parted = [entry.key.partition(" ") for entry, _ in recorded if entry.key != CANCEL_KEY]
     return {position: name for position, _, name in parted}

@@ -32,13 +32,13 @@ from durable_cluster.errors import (
     STEP_FAILURES,
     CodecError,
     HandlerError,
-    StepTimeout,
     TerminalError,
     Unreadable,
 )
+from durable_cluster.failures import timed_out, told_of
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.limits import LIMIT, OF_STEP, OF_WORKFLOW, Pump, Queued, pump_of, without_permit
-from durable_cluster.notes import SETTING, Noted, Setting, setting_of
+from durable_cluster.notes import SETTING, Noted, Setting, noted, setting_of
 from durable_cluster.signals import CANCEL, SIGNAL, Cancel, Delivery, Waiting, message_of, token_seq_of
 from durable_cluster.statements import Outcome
 
@@ -109,7 +109,7 @@ def resolve(
             return pump_of(envelope)
         if envelope.workflow == SETTING:
             return setting_of(envelope)
-        return _unrouted(envelope, machines, limit_s)
+        return _put_off(envelope, _unknown(envelope, machines), limit_s=limit_s)
 
 
 def cancelled(machines: Mapping[str, Machine], envelope: Envelope, reason: str) -> Envelope | Outcome | None:
@@ -186,30 +186,33 @@ def run(task: Task, context: Context) -> Result:
         return failed(task, told_of(task, error), context)
 
 
-async def run_async(task: Task, context: Context) -> Result:
-    """Run an ``async def`` step, for as long as its timeout allows."""
+async def call_async(task: Task, context: Context) -> Result:
+    """Run an ``async def`` step, for as long as its timeout allows, and let what it raises pass."""
     try:
         async with timeout(task.step.timeout_s) as limit:
             returned = await task.step.handler(*_arguments(task, context))
-        result = conclude(task, returned)
-        return result if context.notes is None else Noted(task.envelope, result, context.notes)
+    except TimeoutError as error:
+        if limit.expired():
+            raise timed_out(task.step.name, task.step.timeout_s) from error
+        raise
+    return noted(task.envelope, conclude(task, returned), context.notes)
+
+
+async def run_async(task: Task, context: Context) -> Result:
+    """Run an ``async def`` step. What the handler raises is a failed attempt of this step alone."""
+    try:
+        return await call_async(task, context)
     except FAILURES as error:
-        return failed(task, timed_out(task) if limit.expired() and isinstance(error, TimeoutError) else error, context)
+        return failed(task, error, context)
+
+
+def tell(envelope: Envelope, why: str) -> None:
+    """Of a step that ends without having run, or not as it seemed to its own code: nobody hears it here."""
 
 
 def context_of(task: Task, connection: psycopg.Connection[Any] | None = None) -> Context:
     """What a step is told about itself. One for each run."""
     return Context(task.machine, task.envelope, connection, None, task.children)
-
-
-def told_of(task: Task, error: BaseException) -> BaseException:
-    """``error`` with words: the interruption of a thread that ran too long comes without."""
-    return timed_out(task) if type(error) is StepTimeout and not error.args else error
-
-
-def timed_out(task: Task) -> StepTimeout:
-    """The error of a step that ran too long."""
-    return StepTimeout(f"step '{task.step.name}' did not end within its timeout of {task.step.timeout_s:g} s")
 
 
 def conclude(task: Task, returned: Continuation) -> Result:
@@ -311,9 +314,10 @@ def failed(task: Task, error: BaseException, context: Context) -> Result:
 
 def _after_failure(task: Task, error: BaseException) -> Result | None:
     """What its workflow does about it, if it does anything: lines of a user's, which may fail too; then nothing is done."""
+    context = context_of(task)
     try:
-        instead = task.machine.after_failure(task, error)
-        return None if instead is None else conclude(task, instead)
+        instead = task.machine.after_failure(task, error, context)
+        return None if instead is None else noted(task.envelope, conclude(task, instead), context.notes)
     except FAILURES as problem:
         told = (task.envelope.step, short_id(task.envelope.workflow_id), brief_of(task.machine, problem))
         logger.warning("step '%s' of %s… failed, and its workflow could not be told: %s", *told)
@@ -327,7 +331,7 @@ def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
     return Envelope(
         envelope.workflow_id,
         envelope.seq + 1,
-        envelope.workflow,
+        task.machine.name,
         to.step,
         task.machine.version,
         msgspec.Raw(_encoded(task, to.state, "state")),
@@ -337,13 +341,9 @@ def _successor(task: Task, to: Goto, *, has_children: bool = False) -> Envelope:
     )
 
 
-def _unrouted(envelope: Envelope, machines: Mapping[str, Machine], limit_s: float) -> Result:
-    return _put_off(envelope, _unknown(envelope, machines), limit_s=limit_s)
-
-
 def _put_off(envelope: Envelope, what: str, *, limit_s: float) -> Later | DeadLetter:
     """A step that no code here can run waits for a process that can. ``what``: is missing."""
-    if _waited_s(envelope.unrouted) >= limit_s:
+    if waited_s(envelope.unrouted) >= limit_s:
         return dead_letter(envelope, "unroutable", what)
     if envelope.unrouted == 0:
         logger.warning("%s; %s… waits for a process that can run it", what, short_id(envelope.workflow_id))
@@ -362,7 +362,7 @@ def _unknown(envelope: Envelope, machines: Mapping[str, Machine]) -> str:
     return f"workflow '{envelope.workflow}' has no step '{envelope.step}' in this code; it has {steps}"
 
 
-def _waited_s(times: int) -> float:
+def waited_s(times: int) -> float:
     """How long a step has waited that was put off so many times: 1, 2, 4 … 32 s, then a minute each."""
     return 2.0 ** min(times, UNROUTED_DOUBLINGS) - 1 + UNROUTED_PAUSE_S_MAX * max(0, times - UNROUTED_DOUBLINGS)
 
@@ -392,7 +392,8 @@ def _encoded(task: Task, value: object, kind: str) -> bytes:
     payloads = task.machine.app.payloads
     if payloads.codec is not None:
         encoded = payloads.coded(encoded, Where(task.envelope.workflow, kind, task.envelope.workflow_id))
-    if len(encoded) > payloads.bytes_max:
+    limit = task.machine.state_bytes_max if kind == "state" else payloads.bytes_max
+    if len(encoded) > limit:
         many = f"{len(encoded):,} bytes{payloads.when_coded}"
-        raise HandlerError(f"step '{task.step.name}' handed on {many}, the limit is {payloads.bytes_max:,}")
+        raise HandlerError(f"step '{task.step.name}' handed on {many}, the limit is {limit:,}")
     return encoded

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from durable_cluster.envelope import encode
-from durable_cluster.errors import StepFailed
+from durable_cluster.errors import StepFailed, StepTimeout
 from durable_cluster.memo import Failure
 from durable_cluster.retry import full_name
+
+if TYPE_CHECKING:
+    from durable_cluster.executor import Task
+
+
+def timed_out(step: str, timeout_s: float) -> StepTimeout:
+    """The error of a step that ran too long."""
+    return StepTimeout(f"step '{step}' did not end within its timeout of {timeout_s:g} s")
+
+
+def told_of(task: Task, error: BaseException) -> BaseException:
+    """``error`` with words: the interruption of a thread that ran too long comes without."""
+    is_wordless = type(error) is StepTimeout and not error.args
+    return timed_out(task.step.name, task.step.timeout_s) if is_wordless else error
 
 
 def is_in(error: BaseException, among: BaseException) -> bool:

@@ -145,13 +145,22 @@ class StepFunction(Generic[P, R]):
             timeout_s=self.timeout_s,
             limit=self._limit_of_args(),
             is_limited=self.limit is not None,
+            is_recorded=workflow.history,
             decoder=carried_decoder,
         )
 
     def _handler(self, workflow: Workflow[Any, Any]) -> Callable[[Context, Carried], Continuation]:
         def run(ctx: Context, carried: Carried) -> Continuation:
             asked = _asked_of(ctx, carried)
-            return workflow.went_on(ctx, carried, asked.key, self.run(ctx, asked.args))
+            if not self.is_blocking:  # it is in the page's own thread
+                workflow.runs_now = self.name, ctx.attempt
+            try:
+                with ctx.attempt_of(self.name, ctx.attempt):
+                    answer = self.answer_of(self.run(ctx, asked.args))
+            finally:
+                if not self.is_blocking:
+                    workflow.runs_now = None
+            return workflow.went_on(ctx, carried, asked.key, answer)
 
         return run
 
@@ -160,7 +169,9 @@ class StepFunction(Generic[P, R]):
     ) -> Callable[[Context, Carried], Coroutine[Any, Any, Continuation]]:
         async def run(ctx: Context, carried: Carried) -> Continuation:
             asked = _asked_of(ctx, carried)
-            return workflow.went_on(ctx, carried, asked.key, await self.run(ctx, asked.args))
+            with ctx.attempt_of(self.name, ctx.attempt):
+                answer = self.answer_of(await self.run(ctx, asked.args))
+            return workflow.went_on(ctx, carried, asked.key, answer)
 
         return run
 
@@ -189,9 +200,16 @@ class StepFunction(Generic[P, R]):
             bound.apply_defaults()
             args = (*bound.args, *(bound.kwargs[name] for name in self._by_name))
         try:
-            return encode_part(args)
+            encoded = encode_part(args)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the arguments of step '{self.name}' are not JSON: {error}") from error
+        limit = self.app.settings.payload_bytes_max
+        if len(encoded) > limit + len(args) + 1 and self.app.payloads.codec is None:  # each may be as large as a result
+            raise InputError(
+                f"the arguments of step '{self.name}' have {len(encoded):,} bytes, the limit is {limit:,}; store them, and pass a"
+                " reference"
+            )
+        return encoded
 
     def bound(self, args: msgspec.Raw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the function is called with. Raises HandlerError for recorded arguments that do not fit (any more)."""
@@ -213,7 +231,7 @@ class StepFunction(Generic[P, R]):
         except (TypeError, ValueError, RecursionError) as error:
             raise HandlerError(f"step '{self.name}' returned what is not JSON: {error}") from error
         limit = self.app.settings.payload_bytes_max
-        if len(encoded) > limit and self.app.payloads.codec is None:  # else what counts is the whole state, when coded
+        if len(encoded) > limit and self.app.payloads.codec is None:  # else it counts when coded
             raise HandlerError(
                 f"step '{self.name}' returned {len(encoded):,} bytes, the limit is {limit:,}; store them, and return a reference"
             )
@@ -223,6 +241,22 @@ class StepFunction(Generic[P, R]):
             raise HandlerError(
                 f"step '{self.name}' returned what does not fit its type: {sentence(error, encoded)}"
             ) from error
+
+
+class Steps(dict[str, Step]):
+    """A workflow's own steps, and those of its app, each from when it is first asked for."""
+
+    def __init__(self, workflow: Workflow[Any, Any]) -> None:
+        super().__init__()
+        self._workflow = workflow
+
+    def __missing__(self, name: str) -> Step:
+        function = self._workflow.app.steps[name]
+        self[name] = step = function.step_of(self._workflow)
+        return step
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._workflow.app.steps
 
 
 def _asked_of(ctx: Context, carried: Carried) -> memo.Asked:

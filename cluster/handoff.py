@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,30 @@ import psycopg
 from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, SerializationFailure
 from psycopg.pq import TransactionStatus
 
-from durable_cluster import dead_letters, executor, noting, side_results, side_statements, statements
+from durable_cluster import (
+    dead_letters,
+    executor,
+    noting,
+    side_results,
+    side_statements,
+    statements,
+    timeline,
+    timeline_statements,
+)
 from durable_cluster.context import Context
 from durable_cluster.envelope import Envelope, Page, encode_chunks
 from durable_cluster.errors import HandlerError
 from durable_cluster.executor import Result, Task
+from durable_cluster.failures import timed_out
+from durable_cluster.memo import Spilled
+from durable_cluster.meters import Meters
+from durable_cluster.notes import Noted
 from durable_cluster.settings import Settings
 from durable_cluster.side_results import NOT_IN_THE_LOG, Detached, Slot
 from durable_cluster.statements import Outcome
-from durable_cluster.traced import Steps
+from durable_cluster.timed import as_recorded
+from durable_cluster.timing import Timed, taken, timed
+from durable_cluster.traced import Steps, told
 
 logger = logging.getLogger("durable_cluster.handoff")
 
@@ -43,7 +58,7 @@ class Answer(msgspec.Struct, frozen=True):
 
     envelope: Envelope
     shard: int
-    result: Result | None
+    result: Result | Timed | None
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +75,7 @@ class Conflict(Exception):
 class StepFailed(Exception):
     """The transactional step of slot ``index`` failed; ``result`` says what becomes of it."""
 
-    def __init__(self, index: int, result: Result) -> None:
+    def __init__(self, index: int, result: Slot) -> None:
         self.index = index
         self.result = result
 
@@ -68,8 +83,11 @@ class StepFailed(Exception):
 class Handoff:
     """Commits pages on one connection; remembers how large a group of transactional steps has gone well."""
 
-    def __init__(self, connection: psycopg.Connection[Any], settings: Settings, *, steps: Steps = executor) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], settings: Settings, *, meters: Meters, steps: Steps = executor
+    ) -> None:
         self._connection = connection
+        self._meters = meters
         self._steps = steps
         self._breaks: Counter[str] = Counter()
         self._breaks_max = settings.max_crashes
@@ -103,14 +121,17 @@ class Handoff:
         self._on_task = on_task
         self._has_permits = has_permits
         begin = conflicts = 0
+        may_put_back = bool(page.header.weights) or page.header.heaviest > 1
         while True:
             end = self._group_end(slots, begin)
+            began = time.perf_counter()
             try:
                 self._hand_on(window, page, slots, begin=begin, end=end, first=first)
             except Conflict as conflict:
                 conflicts += 1
                 if self._group == 1 and conflicts > CONFLICTS_MAX:
                     _put_back(slots, begin, conflict)
+                    may_put_back = True
                     continue
                 self._group = max(1, int(self._group * GROUP_SHRINKS_TO))
                 logger.info(
@@ -121,6 +142,10 @@ class Handoff:
             except StepFailed as failure:
                 slots[failure.index] = failure.result
                 continue
+            if begin < end:
+                lines = page.lines[first + begin : first + end]
+                self._meters.committed(window.shard, began)
+                self._meters.handed_on(window.shard, lines, slots[begin:end], may_put_back=may_put_back)
             begin, conflicts = end, 0
             if begin == len(slots):
                 return slots
@@ -138,9 +163,18 @@ class Handoff:
         """Commit the slots from ``begin`` to ``end`` and put their results into ``slots``. Slot 0 is the page's line ``first``."""
         results = slots[begin:end]
         kinds = set(map(type, results))
+        recorded: dict[int, Timed] = {}
+        if Timed in kinds:
+            recorded = taken(results)
+            kinds = set(map(type, results))
+        spilled: list[Spilled] = []
+        if Noted in kinds:
+            spilled = _rows(noting.spilled(results))
+            kinds = set(map(type, results))
         tasks = [index for index, slot in enumerate(results) if isinstance(slot, Task)] if Task in kinds else []
-        if not tasks and not self._has_permits and kinds.isdisjoint(NOT_IN_THE_LOG):
-            self._commit(window, page, results, first + begin, is_fenced=False)
+        if not (tasks or recorded or self._has_permits) and kinds.isdisjoint(NOT_IN_THE_LOG):
+            self._commit(window, page, results, first + begin, spilled, is_fenced=False)
+            slots[begin:end] = results
             return
         try:
             with self._connection.transaction():
@@ -150,12 +184,18 @@ class Handoff:
                     results[index] = self._run(results[index], begin + index)
                 if tasks:
                     self._settle([begin + index for index in tasks], slots)
+                    recorded |= taken(results)
+                    spilled += _rows(noting.spilled(results))
                 if refused := noting.write(self._connection, results):
-                    raise StepFailed(begin + min(refused), refused[min(refused)])
+                    index = min(refused)
+                    raise StepFailed(begin + index, _again(recorded.get(index), refused[index]))
                 lines = page.lines[first + begin : first + end]
                 giving = side_results.giving(lines, results) if self._has_permits else []
                 side_results.write(self._connection, results, shard=window.shard, owner=window.owner, giving=giving)
-                self._commit(window, page, results, first + begin, is_fenced=True)
+                if recorded:
+                    body, count = timeline.encoded(recorded, results, page, first + begin)
+                    timeline_statements.record_steps(self._connection, shard=window.shard, body=body, count=count)
+                self._commit(window, page, results, first + begin, spilled, is_fenced=True)
         except NOBODYS_FAULT as error:
             raise Conflict from error
         finally:
@@ -178,15 +218,30 @@ class Handoff:
             )
             # Of two answers for one step, of which the process has lost count, one counts.
             ours = list({one.envelope.key: one for one in answers if one.envelope.key in still}.values())
-            slots: list[Slot] = [one.result for one in ours]
+            slots: list[Slot] = [as_recorded(self._steps, one.envelope, one.result) for one in ours]
+            recorded = taken(slots)
+            spilled = noting.spilled(slots)
             for index, letter in noting.write(self._connection, slots).items():
                 slots[index] = letter
+                spilled.pop(index, None)  # its state is that of before
+            done: list[tuple[int, list[Envelope], list[Slot]]] = []
             for shard in sorted({one.shard for one in ours}):
-                results = [slot for slot, one in zip(slots, ours, strict=True) if one.shard == shard]
-                giving = side_results.giving([one.envelope for one in ours if one.shard == shard], results)
+                of_shard = [index for index, one in enumerate(ours) if one.shard == shard]
+                results = [slots[index] for index in of_shard]
+                lines = [ours[index].envelope for index in of_shard]
+                done.append((shard, lines, results))
+                giving = side_results.giving(lines, results)
                 side_results.write(self._connection, results, shard=shard, owner=owner, giving=giving)
                 steps, counts, outcomes = self._for_the_log(results)
-                statements.hand_on(self._connection, shard=shard, steps=steps, counts=counts, outcomes=outcomes)
+                if of_shard_recorded := {n: recorded[index] for n, index in enumerate(of_shard) if index in recorded}:
+                    body, count = timeline.encoded(of_shard_recorded, results)
+                    timeline_statements.record_steps(self._connection, shard=shard, body=body, count=count)
+                rows = _rows({index: spilled[index] for index in of_shard if index in spilled})
+                statements.hand_on(
+                    self._connection, shard=shard, steps=steps, counts=counts, outcomes=outcomes, spilled=rows
+                )
+        for shard, lines, results in done:
+            self._meters.handed_on(shard, lines, results)
         return len(ours)
 
     def _run(self, task: Slot, index: int) -> Result:
@@ -196,7 +251,7 @@ class Handoff:
         key = task.envelope.key
         if self._breaks[key] >= self._breaks_max:
             letter = dead_letters.crashed(task.envelope, self._breaks[key], "the connection was lost")
-            raise StepFailed(index, letter)
+            raise StepFailed(index, as_recorded(self._steps, task.envelope, told(self._steps, letter)))
         context = executor.context_of(task, self._connection)
         self._on_task(task)
         self._connection.is_of_a_step = True  # type: ignore[attr-defined]
@@ -210,7 +265,8 @@ class Handoff:
                 self._breaks[key] += 1
                 raise
             is_late = any(isinstance(cause, QueryCanceled) for cause in _causes(error))
-            raise _failed(task, index, executor.timed_out(task) if is_late else error, context) from error
+            late = timed_out(task.step.name, task.step.timeout_s)
+            raise _failed(task, index, late if is_late else error, context) from error
         finally:
             self._connection.is_of_a_step = False  # type: ignore[attr-defined]
             self._connection.row_factory, self._connection.cursor_factory = row_factory, cursor_factory
@@ -219,12 +275,8 @@ class Handoff:
             what = (
                 "its SQL failed and it went on" if status == TransactionStatus.INERROR else "it ended the transaction"
             )
-            raise _failed(
-                task,
-                index,
-                HandlerError(f"step '{task.step.name}': {what}; let the error pass, and never commit ctx.tx"),
-                context,
-            )
+            wrong = HandlerError(f"step '{task.step.name}': {what}; let the error pass, and never commit ctx.tx")
+            raise self._failed_after_all(task, index, wrong, context)
         return result
 
     def _settle(self, tasks: list[int], slots: list[Slot]) -> None:
@@ -241,9 +293,25 @@ class Handoff:
                 raise Conflict from error
             only = slots[tasks[0]]
             assert isinstance(only, Task)
-            raise _failed(only, tasks[0], error, executor.context_of(only)) from error
+            raise self._failed_after_all(only, tasks[0], error, executor.context_of(only)) from error
 
-    def _commit(self, window: Window, page: Page, results: list[Slot], begin: int, *, is_fenced: bool) -> None:
+    def _failed_after_all(self, task: Task, index: int, error: BaseException, context: Context) -> StepFailed:
+        """Its own code was content."""
+        self._steps.tell(task.envelope, dead_letters.brief_of(task.machine, error))
+        failure = _failed(task, index, error, context)
+        failure.result = as_recorded(self._steps, task.envelope, failure.result)
+        return failure
+
+    def _commit(
+        self,
+        window: Window,
+        page: Page,
+        results: list[Slot],
+        begin: int,
+        spilled: Sequence[Spilled],
+        *,
+        is_fenced: bool,
+    ) -> None:
         end = begin + len(results)
         steps, counts, outcomes = self._for_the_log(results)
         statements.commit_page(
@@ -258,6 +326,7 @@ class Handoff:
             steps=steps,
             counts=counts,
             outcomes=outcomes,
+            spilled=spilled,
         )
 
     def _for_the_log(self, results: Sequence[Slot]) -> tuple[str, list[int], list[Outcome]]:
@@ -279,6 +348,10 @@ class Handoff:
         self._connection.execute("select set_config('statement_timeout', %s, true)", (str(int(timeout_s * 1000) or 1),))
 
 
+def _rows(spilled: Mapping[int, Sequence[Spilled]]) -> list[Spilled]:
+    return [row for rows in spilled.values() for row in rows]
+
+
 def _put_back(slots: list[Slot], begin: int, conflict: Conflict) -> None:
     """The first transactional step from ``begin`` on goes to the end of the log as it is, without an attempt, and its
     neighbours go on: what it waits for may be locked for long.
@@ -292,7 +365,12 @@ def _put_back(slots: list[Slot], begin: int, conflict: Conflict) -> None:
 
 
 def _failed(task: Task, index: int, error: BaseException, context: Context) -> StepFailed:
-    return StepFailed(index, executor.failed(task, error, context))
+    return StepFailed(index, timed(context, task.envelope, executor.failed(task, error, context)))
+
+
+def _again(recorded: Timed | None, result: Result) -> Slot:
+    """Something else became of a step event than it came to."""
+    return result if recorded is None else msgspec.structs.replace(recorded, result=result)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

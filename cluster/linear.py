@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from durable_cluster import bridge, memo, waits
-from durable_cluster.ahead import Ahead, FirstAttemptFailed
+from durable_cluster.ahead import Ahead, FirstAttemptFailed, ahead_of
+from durable_cluster.chunks import Chunks
 from durable_cluster.commands import Call, Command
 from durable_cluster.concurrent import run_several
 from durable_cluster.context import Context
@@ -27,11 +28,13 @@ from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import AppError, HandlerError, InputError, NonDeterminismError, TerminalError
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.failures import failure_of
+from durable_cluster.functions import Steps
 from durable_cluster.joins import CHILDREN_MAX
-from durable_cluster.limits import Limit
+from durable_cluster.keeping import kept_of, kept_with_failure
 from durable_cluster.machine import Step
 from durable_cluster.memo import Asked, Carried, carried_decoder
-from durable_cluster.notes import noted_too
+from durable_cluster.notes import Notes, noted_too
+from durable_cluster.recorded import INLINE_BYTES_MAX, Recorded
 from durable_cluster.retry import Retry
 from durable_cluster.typed import In, R, TypedMachine
 from durable_cluster.types import Signature, input_of
@@ -49,20 +52,18 @@ class Workflow(TypedMachine[In, R]):
     """Made by ``@app.workflow``: started, looked up, scheduled and spawned as any machine is."""
 
     is_linear = True
+    state_bytes_more = 2 * INLINE_BYTES_MAX
 
-    def __init__(
-        self, app: App, function: Callable[..., Any], *, name: str | None, version: int, limit: Limit | None
-    ) -> None:
-        super().__init__(app, name or function.__name__, state=Any, version=version, limit=limit)
+    def __init__(self, app: App, function: Callable[..., Any], *, name: str | None, **kind: Any) -> None:
+        super().__init__(app, name or function.__name__, state=Any, **kind)
         self.function = function
-        self.keeps_memo = False
         self.is_sync = not inspect.iscoroutinefunction(function)
         self.takes_input, input_type, returns = input_of(function)
         self.returned = decoder_of(returns, f"workflow '{self.name}': the type it returns")
         inputs = decoder_of(input_type, f"workflow '{self.name}': the type of its input")
-        self.steps = _Steps(self)
-        self.first = self._own(START, self._start, decoder=inputs, is_limited=limit is not None)
-        self._own(RESUME, self._resume, is_limited=limit is not None)
+        self.steps = Steps(self)
+        self.first = self._own(START, self._start, decoder=inputs, is_limited=self.limit is not None)
+        self._own(RESUME, self._resume, is_limited=self.limit is not None)
         self._own(SEVERAL, self._run_several, is_async=True, timeout_s=SEVERAL_TIMEOUT_S)
         self.on_cancel = self._own(CANCELLED, self._clean_up)
         self._known: dict[str, Execution] = {}
@@ -95,7 +96,8 @@ class Workflow(TypedMachine[In, R]):
     # Its own steps.
 
     def _start(self, ctx: Context, value: Any) -> Continuation:
-        execution = self._entered(ctx, Carried(ctx.envelope.state), value, is_first=True, ahead=self._ahead(ctx))
+        recorded = self._recorded(ctx, Carried(ctx.envelope.state))
+        execution = self._entered(recorded, value, is_first=True, ahead=self._ahead(ctx))
         return self.handed_on(ctx, execution)
 
     def _resume(self, ctx: Context, carried: Carried) -> Continuation:
@@ -108,7 +110,10 @@ class Workflow(TypedMachine[In, R]):
     async def _run_several(self, ctx: Context, carried: Carried) -> Continuation:
         execution = self.execution(ctx, carried)
         execution.demand_right()
-        return await run_several(ctx, execution)
+        try:
+            return await run_several(ctx, execution)
+        finally:
+            _take_rows(ctx, execution)
 
     def _clean_up(self, ctx: Context, carried: Carried) -> Continuation:
         execution = self.execution(ctx, carried)
@@ -118,9 +123,9 @@ class Workflow(TypedMachine[In, R]):
 
     # What its steps do with the function.
 
-    def went_on(self, ctx: Context, carried: Carried, key: str, value: Any) -> Continuation:
-        """The function goes on with what its step returned. Where its code does not fit any more, that is kept for when it does."""
-        encoded, decoded = self.app.steps[ctx.step].answer_of(value)
+    def went_on(self, ctx: Context, carried: Carried, key: str, answer: tuple[bytes, Any]) -> Continuation:
+        """The function goes on with what its step came to. Where its code does not fit any more, that is kept for when it does."""
+        encoded, decoded = answer
         execution = self.execution(ctx, carried)
         entry = memo.completed(key, encoded)
         try:
@@ -131,11 +136,10 @@ class Workflow(TypedMachine[In, R]):
         execution.answer(key, entry, decoded)
         return self.handed_on(ctx, execution)
 
-    def after_failure(self, task: Task, error: BaseException) -> Continuation | None:
+    def after_failure(self, task: Task, error: BaseException, ctx: Context) -> Continuation | None:
         """The function is told that its step failed for good; None if it does not catch that: the step is a dead letter."""
         if task.step.name in OWN:
             return None
-        ctx = Context(self, task.envelope)
         carried = task.step.decoder.decode(ctx.read().state)
         execution = self.execution(ctx, carried)
         if carried.asked is None:
@@ -163,15 +167,15 @@ class Workflow(TypedMachine[In, R]):
 
     def memo_of(self, envelope: Envelope, error: BaseException) -> bytes:
         """With the failure that ends it."""
-        is_coded = self.app.payloads.codec is not None
-        return b"" if is_coded else memo.failed_at(self.cleanup_state(envelope), failure_of(error))
+        return kept_with_failure(self, envelope, error)
 
     def demand_fitting(self, step: Step, state: bytes) -> None:
         """Whether an edited state carries an input that fits the function, and arguments that fit the step. Raises InputError."""
         if step.name == START:
             return
         carried = carried_decoder.decode(state)
-        self._payload(self._first(), carried.input)
+        if carried.chain is None or bytes(carried.input):
+            self._payload(self._first(), carried.input)
         if carried.asked is not None and step.name not in OWN:
             try:
                 self.app.steps[step.name].bound(carried.asked.args)
@@ -189,14 +193,21 @@ class Workflow(TypedMachine[In, R]):
                 known.expects = b""  # until it has handed something on
                 return known
             known.close()
+        recorded = self._recorded(ctx, carried)
         try:
-            value = self.app.upcasts.decoded(self._first().decoder, carried.input)
+            value = self.app.upcasts.decoded(self._first().decoder, msgspec.Raw(recorded.input))
         except msgspec.DecodeError as error:
             raise HandlerError(f"the input does not fit workflow '{self.name}' any more: {error}") from error
-        return self._entered(ctx, carried, value, is_first=_begins_again(ctx, carried))
+        return self._entered(recorded, value, is_first=_begins_again(ctx, carried))
 
     def handed_on(self, ctx: Context, execution: Execution) -> Continuation:
         """What the function waits for now, or its end."""
+        continuation = self._handed_on(ctx, execution)
+        if execution.recorded.rows:
+            _take_rows(ctx, execution)
+        return continuation
+
+    def _handed_on(self, ctx: Context, execution: Execution) -> Continuation:
         ahead, execution.ahead = execution.ahead, None
         failed = None if ahead is None else ahead.run_on(execution)
         if failed is not None:
@@ -245,7 +256,7 @@ class Workflow(TypedMachine[In, R]):
         main = execution.main
         if main.cancelled():
             if ctx.cancelled:
-                return Done(None, self._memo(execution))
+                return Done(None, kept_of(execution))
             why = f"workflow '{self.name}' cancelled itself; let it return, or raise TerminalError"
             return self._stuck(execution, HandlerError(why))
         error = main.exception()
@@ -255,13 +266,8 @@ class Workflow(TypedMachine[In, R]):
             return Goto(RESUME, msgspec.Raw(encode(execution.as_new(self._input(error.value)))))
         if isinstance(error, TerminalError) or execution.is_failure_uncaught:
             reason = error.reason if isinstance(error, TerminalError) else f"{type(error).__name__}: {error}"
-            return Fail(reason, self._memo(execution))
+            return Fail(reason, kept_of(execution))
         return self._stuck(execution, error)
-
-    def _memo(self, execution: Execution) -> bytes:
-        """What it has behind it, for whoever forks it; nothing if that is coded, or more than a step event could carry."""
-        memo = b"" if self.app.payloads.codec is not None else execution.encoded("")
-        return memo if len(memo) <= self.app.settings.payload_bytes_max else b""
 
     def _returned(self, execution: Execution, value: Any, *, is_kept: bool) -> Continuation:
         try:
@@ -270,7 +276,7 @@ class Workflow(TypedMachine[In, R]):
         except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             wrong = f"workflow '{self.name}' returned what is not {_told(self.returned.type)} as JSON: {error}"
             return self._stuck(execution, HandlerError(wrong))
-        return Done(msgspec.Raw(encoded), self._memo(execution) if is_kept else b"")
+        return Done(msgspec.Raw(encoded), kept_of(execution) if is_kept else b"")
 
     def _input(self, value: Any) -> msgspec.Raw:
         return msgspec.Raw(self.opening(value)[1])
@@ -286,12 +292,13 @@ class Workflow(TypedMachine[In, R]):
         run_ahead_ms = self.app.settings.run_ahead_ms
         if not run_ahead_ms or self.app.runs_alone or not self.steps[ctx.step].is_inline:
             return None
-        return Ahead(ctx, time.monotonic() + run_ahead_ms / 1000)
+        return ahead_of(ctx, time.monotonic() + run_ahead_ms / 1000)
 
-    def _entered(
-        self, ctx: Context, carried: Carried, value: Any, *, is_first: bool, ahead: Ahead | None = None
-    ) -> Execution:
-        execution = Execution(self, ctx.workflow_id, carried)
+    def _recorded(self, ctx: Context, carried: Carried) -> Recorded:
+        return Recorded(carried, Chunks(self.app, self.name, ctx.workflow_id))
+
+    def _entered(self, recorded: Recorded, value: Any, *, is_first: bool, ahead: Ahead | None = None) -> Execution:
+        execution = Execution(self, recorded)
         execution.thread_id = threading.get_ident()
         execution.ahead = ahead
         execution.enter(self._main(execution, value), is_first=is_first)
@@ -351,6 +358,7 @@ class Workflow(TypedMachine[In, R]):
             timeout_s=timeout_s or self.app.settings.step_timeout_s,
             limit=None,
             is_limited=is_limited,
+            is_recorded=self.history,
             is_reported_soon=name == SEVERAL,
             decoder=decoder,
         )
@@ -358,30 +366,21 @@ class Workflow(TypedMachine[In, R]):
         return step
 
 
+def _take_rows(ctx: Context, execution: Execution) -> None:
+    """What the function's state refers to is written with it."""
+    if rows := execution.recorded.taken():
+        ctx.notes = noted_too(ctx.notes, Notes(spilled=rows))
+
+
 OWN = (START, RESUME, SEVERAL, CANCELLED)
-
-
-class _Steps(dict[str, Step]):
-    """A workflow's own steps, and those of its app, each from when it is first asked for."""
-
-    def __init__(self, workflow: Workflow[Any, Any]) -> None:
-        super().__init__()
-        self._workflow = workflow
-
-    def __missing__(self, name: str) -> Step:
-        function = self._workflow.app.steps[name]
-        self[name] = step = function.step_of(self._workflow)
-        return step
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or name in self._workflow.app.steps
 
 
 def _begins_again(ctx: Context, carried: Carried) -> bool:
     """Whether this is the first event after ``continue_as_new``, of a replay or of a fork: nothing is recorded or answered."""
     answers = carried.asked is not None or ctx.signal is not None or ctx.envelope.has_children
     is_new = carried.run > 0 or carried.is_forked
-    return ctx.step == RESUME and is_new and bytes(carried.entries) == b"[]" and not answers
+    is_empty = carried.chain is None and bytes(carried.entries) == b"[]"
+    return ctx.step == RESUME and is_new and is_empty and not answers
 
 
 async def _awaited(execution: Execution, command: Command) -> Any:

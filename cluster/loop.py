@@ -10,6 +10,7 @@ import asyncio
 import asyncio.events
 import ctypes
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -42,6 +43,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Run until everything waits. Whoever asks for the running loop meanwhile is told of this one."""
         outer = asyncio.events._get_running_loop()
         asyncio.events._set_running_loop(self)
+        if outer is not None:
+            hooks = sys.get_asyncgen_hooks()
+            sys.set_asyncgen_hooks(None, None)  # a workflow's generators outlive that loop
         ready, began_s = self._ready, time.monotonic()
         try:
             for _ in range(TURNS_MAX):
@@ -62,6 +66,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                 )
         finally:
             asyncio.events._set_running_loop(outer)
+            if outer is not None:
+                sys.set_asyncgen_hooks(*hooks)
             took_s = time.monotonic() - began_s
             if took_s > SLOW_S:
                 self._warn("kept the others of its process waiting for %.1f s; long work belongs in a step", took_s)

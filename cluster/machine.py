@@ -29,6 +29,7 @@ from durable_cluster.types import Signature, checked_key, encoded_input, signatu
 
 if TYPE_CHECKING:
     from durable_cluster.app import App
+    from durable_cluster.context import Context
     from durable_cluster.continuation import Continuation
     from durable_cluster.envelope import Envelope
     from durable_cluster.executor import Task
@@ -39,7 +40,10 @@ VERSION_MAX = 2**31 - 1
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A handler and how to call it. ``is_reported_soon``: its progress is what others stand on, and not only a hint."""
+    """A handler and how to call it. ``is_reported_soon``: its progress is what others stand on, and not only a hint.
+
+    ``is_recorded``: its runs stand in the timeline.
+    """
 
     name: str
     handler: Callable[..., Any]
@@ -50,6 +54,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     timeout_s: float
     limit: Limit | None
     is_limited: bool
+    is_recorded: bool = False
     is_reported_soon: bool = False
     decoder: msgspec.json.Decoder[Any]
 
@@ -65,21 +70,29 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether it runs there at once."""
-        return self.is_inline and not self.is_limited
+        """Whether it runs there at once, and that is all."""
+        return self.is_inline and not self.is_limited and not self.is_recorded
 
 
 class Machine:
     """A kind of workflow, written as steps that say what comes next."""
 
     is_linear = False
+    runs_now: tuple[str, int] | None = None
+    """Of a linear workflow: the step that the page's own thread runs at this moment, and which attempt. For log records."""
+    state_bytes_more = 0
+    """What may come with a payload: a linear workflow's input, and what it has on record and not in the database yet."""
 
-    def __init__(self, app: App, name: str, *, state: Any, version: int, limit: Limit | None) -> None:
+    def __init__(
+        self, app: App, name: str, *, state: Any, version: int, limit: Limit | None, history: bool = False
+    ) -> None:
         self.app = app
+        self.state_bytes_max = app.settings.payload_bytes_max + self.state_bytes_more
         self.name = checked_name("workflow", name)
         self.version = checked_version(self.name, version)
         self.versions: dict[int, Machine] = {self.version: self}
         self.limit = checked_limit(limit, of=f"machine '{name}'")
+        self.history = history
         self.steps: dict[str, Step] = {}
         self.first: Step | None = None
         self.on_cancel: Step | None = None
@@ -128,6 +141,7 @@ class Machine:
                 timeout_s=checked_timeout_s(step_name, timeout, default_s=self.app.settings.step_timeout_s),
                 limit=checked_limit(limit, of=f"step '{step_name}'"),
                 is_limited=limit is not None or (start and self.limit is not None),
+                is_recorded=self.history,
                 decoder=decoder_of(signature.state, f"step '{step_name}': its state type"),
             )
             self.steps[step_name] = step
@@ -196,13 +210,15 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | None = None,
+        traceparent: str | None = None,
         tx: Transaction | None = None,
     ) -> Handle:
         """Start a workflow with ``value``; the same ``key`` gives the same workflow.
 
         Its first step runs at once, or ``after`` a while ("7d", a timedelta, seconds), or ``at`` a time (with its time zone; by the
         database's clock). ``priority``: a weight from 0.1 to 10: its steps get such a share while there is more to do than can be
-        done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. With ``tx`` it joins that
+        done. ``attributes``: what it is found by, names with texts, numbers and booleans, at most 32. ``traceparent``: W3C's; the
+        workflow's trace gets a link to that span, or without it to OpenTelemetry's current one. With ``tx`` it joins that
         connection's transaction: both commit or neither; a psycopg connection, or one that SQLAlchemy (also as a session) or
         Django holds. Raises InputError before anything is written.
         """
@@ -221,6 +237,7 @@ class Machine:
             begin=begin,
             priority=priority,
             attributes=found_by,
+            traceparent=traceparent,
             tx=tx,
         )
         return Handle(client, self.name, workflow_id)
@@ -234,12 +251,13 @@ class Machine:
         at: datetime | None = None,
         priority: float = 1,
         attributes: Attributes | Sequence[Attributes | None] | None = None,
+        traceparent: str | None = None,
         tx: Transaction | None = None,
     ) -> Sequence[Handle]:
         """Start a workflow for each value (at most some 10,000 a call), in one transaction; handles in the order of values.
 
-        ``after``, ``at``, ``priority``: as for ``start``, the same for all. ``attributes``: the same for all, or a sequence of
-        those of each.
+        ``after``, ``at``, ``priority``, ``traceparent``: as for ``start``, the same for all. ``attributes``: the same for all, or a
+        sequence of those of each.
         """
         begin = beginning(after=after, at=at)
         if not values:
@@ -260,6 +278,7 @@ class Machine:
             begin=begin,
             priority=priority,
             attributes=found_by,
+            traceparent=traceparent,
             tx=tx,
         )
         return [Handle(client, self.name, workflow_id) for workflow_id in ids]
@@ -302,8 +321,8 @@ class Machine:
     start_many_async = asynchronous(start_many)
     get_async = asynchronous(get)
 
-    def after_failure(self, task: Task, error: BaseException) -> Continuation | None:
-        """What the workflow does about a step that failed for good; None: it is a dead letter."""
+    def after_failure(self, task: Task, error: BaseException, ctx: Context) -> Continuation | None:
+        """What the workflow does about a step that failed for good, and says besides to ``ctx``; None: it is a dead letter."""
         return None
 
     def cleanup_state(self, envelope: Envelope) -> msgspec.Raw:
@@ -331,10 +350,11 @@ class Machine:
         """What a limit counts this step by, or the workflow if it is the first."""
         return state
 
-    def declared(self) -> Declared:
-        """What the database is told of it."""
+    def declared(self, history_sample: float) -> Declared:
+        """What the database is told of it; ``history_sample``: the part of the other types that is recorded."""
         steps = () if self.is_linear else tuple(self.steps)
-        return Declared(self.name, self.version, self._first().name, steps, self.limit is not None)
+        history = 1.0 if self.history else history_sample
+        return Declared(self.name, self.version, self._first().name, steps, self.limit is not None, history)
 
     def coded(self, payload: bytes) -> str:
         """An input as the database gets it. Raises CodecError, and InputError for one that is too large."""

@@ -11,6 +11,7 @@ import msgspec
 from durable_cluster.codec import Payloads, Where
 from durable_cluster.envelope import NOT_AN_ENVELOPE, Envelope, encode
 from durable_cluster.errors import InputError
+from durable_cluster.memo import Spilled
 
 if TYPE_CHECKING:
     from durable_cluster.executor import Result
@@ -30,17 +31,19 @@ Attributes = Mapping[str, Scalar]
 
 
 class Notes(msgspec.Struct):
-    """What a step has said so far. ``progress``: JSON."""
+    """What a step has said so far. ``progress``: JSON. ``spilled``: what its workflow has recorded and does not carry any more."""
 
     attributes: dict[str, Scalar] | None = None
     progress: msgspec.Raw | None = None
+    spilled: Sequence[Spilled] = ()
 
 
 def noted_too(notes: Notes | None, more: Notes | None) -> Notes | None:
     """Both; the later word counts."""
     if notes is None or more is None:
         return notes or more
-    return Notes({**(notes.attributes or {}), **(more.attributes or {})} or None, more.progress or notes.progress)
+    attributes = {**(notes.attributes or {}), **(more.attributes or {})} or None
+    return Notes(attributes, more.progress or notes.progress, [*notes.spilled, *more.spilled])
 
 
 class Noted(msgspec.Struct, frozen=True, gc=False):
@@ -59,6 +62,11 @@ class Noted(msgspec.Struct, frozen=True, gc=False):
     def children(self) -> Sequence[Any]:
         """The children that its step spawns."""
         return getattr(self.result, "children", ())
+
+
+def noted(envelope: Envelope, result: Result, notes: Notes | None) -> Result:
+    """A step's result, with what it said besides, if it did."""
+    return result if notes is None else Noted(envelope, result, notes)
 
 
 class Setting(msgspec.Struct, frozen=True):

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 from typing import Any
 
 from durable_cluster import side_statements
 from durable_cluster.context import short_id
 from durable_cluster.dead_letters import DeadLetter, dead_letter
 from durable_cluster.envelope import Envelope, encode
-from durable_cluster.notes import ATTRIBUTES_BYTES_MAX, ATTRIBUTES_MAX, Noted, Setting
+from durable_cluster.memo import Spilled
+from durable_cluster.notes import ATTRIBUTES_BYTES_MAX, ATTRIBUTES_MAX, Noted, Notes, Setting
 from durable_cluster.statements import Connection
 
 logger = logging.getLogger("durable_cluster.noting")
 
 NOTES = frozenset((Noted, Setting))
+
+
+def spilled(slots: MutableSequence[Any]) -> dict[int, Sequence[Spilled]]:
+    """What workflows do not carry any more, by index; ``slots`` without it."""
+    found: dict[int, Sequence[Spilled]] = {}
+    for index, slot in enumerate(slots):
+        if type(slot) is Noted and slot.notes.spilled:
+            found[index] = slot.notes.spilled
+            rest = Notes(slot.notes.attributes, slot.notes.progress)
+            slots[index] = slot.result if rest == Notes() else Noted(slot.envelope, slot.result, rest)
+    return found
 
 
 def write(tx: Connection, slots: MutableSequence[Any]) -> dict[int, DeadLetter]:

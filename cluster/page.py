@@ -15,22 +15,27 @@ import psycopg
 from durable_cluster import coordination, dead_letters, executor, statements
 from durable_cluster.beside import Beside, Run
 from durable_cluster.envelope import Envelope, Page
+from durable_cluster.errors import BatchLost
 from durable_cluster.executor import OnTheWay, Parked, Task
 from durable_cluster.handoff import Answer, Handoff, Window
 from durable_cluster.joins import ChildResult, Joining, Spawning
 from durable_cluster.limits import without_permit
+from durable_cluster.meters import Meters
 from durable_cluster.notes import Noted
+from durable_cluster.patience import Patience
 from durable_cluster.settings import Settings
 from durable_cluster.side_results import Detached, Slot
 from durable_cluster.statements import Outcome
-from durable_cluster.traced import Steps
+from durable_cluster.timed import as_recorded, plain_of
+from durable_cluster.timing import Timed
+from durable_cluster.traced import Steps, told
 
 if TYPE_CHECKING:
     from durable_cluster.machine import Machine
 
 logger = logging.getLogger("durable_cluster.page")
 
-MAY_HAVE_CHILDREN = (Spawning, Joining, Noted)
+MAY_HAVE_CHILDREN = (Spawning, Joining, Noted, Timed)
 
 
 class PageDone(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,10 +63,12 @@ class PageRunner:
         self._machines = machines
         self._settings = settings
         self._window_s = settings.page_window_ms / 1000
-        self._steps = steps
-        self._handoff = Handoff(connection, settings, steps=steps)
+        self.steps = steps
+        self._plain = plain_of(steps)
+        self.meters = Meters(machines, beside)
+        self._handoff = Handoff(connection, settings, steps=steps, meters=self.meters)
         self._beside = beside
-        self._slow_steps: set[tuple[str, str]] = set()
+        self._patience = Patience(self._window_s, settings.page_lines_max)
         self._marked: tuple[int, int, str] | None = None
         self._crashes = 0
         self._cancelled: Mapping[str, str] = {}
@@ -81,18 +88,29 @@ class PageRunner:
         self._weights, self._heaviest = page.header.weights, _heaviest(page)
         self._is_diverting = bool(self._cancelled or self._paused or self._heaviest)
         self._is_plain = page.is_plain and not self._is_diverting  # the state of a cleanup is coded here
-        if page.header.suspects:
-            with self._alone():
-                return self._run_suspects(window, page)
+        try:
+            if page.header.suspects:
+                with self._alone():
+                    return self._run_suspects(window, page)
+            return self._run_all(window, page)
+        except BatchLost:
+            self.meters.was_fenced(window.shard)
+            raise
+
+    def _run_all(self, window: Window, page: Page) -> PageDone:
+        began = time.perf_counter()
         slots, runs = self._phase_1(page.lines, window.shard)
+        ran_s = time.perf_counter() - began
         try:
             results = self._commit(window, page, slots)
         except BaseException:
             self._beside.drop(run for run in runs if not run.is_recorded)
             raise
-        return self._done(page, results)
+        return self._done(window, page, results, ran_s)
 
-    def _done(self, page: Page, results: Sequence[Slot]) -> PageDone:
+    def _done(self, window: Window, page: Page, results: Sequence[Slot], ran_s: float) -> PageDone:
+        if results:
+            self.meters.ran(window.shard, len(results), ran_s)
         return PageDone(
             steps=len(results),
             appended=sum(isinstance(result, Envelope) for result in results),
@@ -109,16 +127,21 @@ class PageRunner:
     def _phase_1(self, lines: Sequence[Envelope | None], shard: int) -> tuple[list[Slot], list[Run]]:
         """A slot for each line that the time window let begin, and the runs that outlast it.
 
-        Transactional steps stay tasks: they run in phase 2. Steps beside the page begin when the others are through, and are
-        waited for as long as the window lasts, unless steps of their kind have outlasted it before.
+        Transactional steps stay tasks: they run in phase 2. Steps beside the page begin when the others are through; see
+        ``Patience`` for how many, and for which are waited for.
         """
         stop_at = time.monotonic() + self._window_s
         room = self._settings.detached_max - self._beside.in_flight
         slots: list[Slot] = []
-        runs: list[tuple[int, Run]] = []
+        runs: dict[int, Run] = {}
+        awaited: list[Run] = []
         children = 0
         for envelope in lines:
-            if slots and (time.monotonic() > stop_at or children > self._settings.page_lines_max):
+            if slots and (
+                time.monotonic() > stop_at
+                or children > self._settings.page_lines_max
+                or len(awaited) >= self._patience.crowd
+            ):
                 break
             slot = self._begin(envelope)
             if type(slot) is Envelope:  # most are
@@ -128,31 +151,37 @@ class PageRunner:
                 children += len(slot.children)
             elif isinstance(slot, Task) and slot.step.is_beside:
                 if len(runs) < room:
-                    runs.append((len(slots), Run(slot, shard)))
+                    runs[len(slots)] = run = Run(slot, shard)
+                    if self._patience.awaits(run):
+                        awaited.append(run)
                 else:
-                    slot = Detached(slot.envelope, None)
+                    slot = as_recorded(self.steps, slot.envelope, Detached(slot.envelope, None))
             slots.append(slot)
         self.inline = None
-        if not runs:
-            return slots, []
-        self._beside.begin([run for _, run in runs])
-        self._beside.wait([run for _, run in runs if self._kind(run) not in self._slow_steps], until=stop_at)
-        slow = self._beside.detach([run for _, run in runs])
-        for index, run in runs:
+        return slots, self._run_beside(slots, runs, awaited, until=stop_at) if runs else []
+
+    def _run_beside(
+        self, slots: list[Slot], runs: Mapping[int, Run], awaited: Sequence[Run], *, until: float
+    ) -> list[Run]:
+        """Puts what became of ``runs`` into their slots; those that have not ended by then."""
+        begun_at = time.monotonic()
+        self._beside.begin([*runs.values()])
+        self._beside.wait(awaited, until=until)
+        took_s = time.monotonic() - begun_at
+        slow = self._beside.detach(runs.values())
+        if begun_at < until - self._window_s / 2:  # else the steps before them left them no time
+            self._patience.learn(awaited, took_s)
+        for index, run in runs.items():
             if run.is_detached:
-                self._slow_steps.add(self._kind(run))
-                slots[index] = Detached(run.task.envelope, run)
+                left = Detached(run.task.envelope, run)
+                slots[index] = as_recorded(self.steps, left.envelope, left, began=run.begun_at)
             else:
-                self._slow_steps.discard(self._kind(run))
                 slots[index] = run.result
-        return slots, slow
+        return slow
 
     def _read_children(self, page: Page) -> Mapping[str, list[ChildResult]]:
         parents = [envelope.workflow_id for envelope in page.lines if envelope is not None and envelope.has_children]
         return coordination.children_of(self._connection, parents) if parents else {}
-
-    def _kind(self, run: Run) -> tuple[str, str]:
-        return run.task.machine.name, run.task.step.name
 
     def _begin(self, envelope: Envelope | None) -> Slot:
         if envelope is None:
@@ -167,11 +196,11 @@ class PageRunner:
         )
         if not isinstance(task, Task):
             is_told = isinstance(task, OnTheWay) or (task is not None and envelope.has_names)
-            return task if is_told else self._begin(None)
+            return as_recorded(self.steps, envelope, told(self.steps, task)) if is_told else self._begin(None)
         if envelope.has_children or not task.step.is_plain:
             return self._prepared(task)
         self.inline = task
-        return self._steps.run(task, executor.context_of(task))
+        return self._plain.run(task, executor.context_of(task))
 
     def _diverted(self, envelope: Envelope) -> tuple[Envelope, Slot]:
         """The step event that runs in place of one whose workflow is cancelled; and what becomes of it if none does now."""
@@ -179,11 +208,11 @@ class PageRunner:
             self._has_permits |= envelope.permit > 0
             instead = executor.cancelled(self._machines, envelope, self._cancelled[envelope.workflow_id])
             if isinstance(instead, Outcome):
-                return envelope, instead
+                return envelope, as_recorded(self.steps, envelope, instead)
             envelope = instead or envelope
         if self._paused and executor.is_paused(envelope, self._paused):
             self._has_permits |= envelope.permit > 0
-            return envelope, Parked(without_permit(envelope))
+            return envelope, as_recorded(self.steps, envelope, Parked(without_permit(envelope)))
         if self._heaviest and not envelope.cancelled and envelope.workflow in self._machines:
             share = self._weights.get(envelope.workflow_id, 1.0) / self._heaviest
             if share < 1 and random.random() > share:
@@ -194,14 +223,14 @@ class PageRunner:
         """A task that runs beside the page or in phase 2; what a step of an unusual kind came to, if it ran at once."""
         if task.step.is_limited:
             if queued := executor.queued(task):
-                return queued
+                return as_recorded(self.steps, task.envelope, queued)
             self._has_permits |= task.envelope.permit > 0
         if task.envelope.has_children:
             task = msgspec.structs.replace(task, children=self._children.get(task.envelope.workflow_id))
         if not task.step.is_inline:
             return task
         self.inline = task
-        return self._steps.run(task, executor.context_of(task))
+        return self.steps.run(task, executor.context_of(task))
 
     def _run_suspects(self, window: Window, page: Page) -> PageDone:
         """A process died with one of these lines: each runs and is committed alone, and is known to run before it does.
@@ -211,19 +240,23 @@ class PageRunner:
         """
         stop_at = time.monotonic() + self._window_s
         results: list[Slot] = []
+        ran_s = 0.0
         for index, envelope in enumerate(page.lines[: page.header.suspects]):
             if results and time.monotonic() > stop_at:
                 break
             crashes = self._mark(window, page, index)
+            began = time.perf_counter()
             if envelope is not None and crashes > self._settings.max_crashes:
-                slot: Slot = dead_letters.crashed(envelope, crashes - 1)
+                letter = told(self.steps, dead_letters.crashed(envelope, crashes - 1))
+                slot: Slot = as_recorded(self.steps, envelope, letter)
             else:
                 slot = self._begin(envelope)
                 self.inline = None
                 if isinstance(slot, Task) and slot.step.is_beside:
-                    slot = Detached(slot.envelope, None, crashes)
+                    slot = as_recorded(self.steps, slot.envelope, Detached(slot.envelope, None, crashes))
+            ran_s += time.perf_counter() - began
             results += self._commit(window, page, [slot], first=index)
-        return self._done(page, results)
+        return self._done(window, page, results, ran_s)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -253,11 +286,6 @@ class PageRunner:
         """Go on with a new connection."""
         self._connection = connection
         self._handoff.use(connection)
-
-    def took(self, run: Run) -> None:
-        """A detached step has ended: if it was quick after all, the next of its kind is waited for again."""
-        if run.took_s < self._window_s:
-            self._slow_steps.discard(self._kind(run))
 
 
 def _heaviest(page: Page) -> float:

@@ -15,13 +15,17 @@ from durable_cluster.statements import Connection, plain_cursor
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """What code says of a kind of workflows: where it begins. ``steps``: all of a machine; none of a linear workflow."""
+    """What code says of a kind of workflows: where it begins. ``steps``: all of a machine; none of a linear workflow.
+
+    ``history``: which part of them is recorded, from 0 to 1.
+    """
 
     name: str
     version: int
     step: str
     steps: Sequence[str]
     is_limited: bool
+    history: float = 0.0
 
 
 class Again(msgspec.Struct, frozen=True):
@@ -41,8 +45,26 @@ def declare_types(connection: Connection, declared: Sequence[Declared]) -> None:
         [one.step for one in declared],
         [",".join(one.steps) for one in declared],
         ["1" if one.is_limited else "" for one in declared],
+        [one.history for one in declared],
     )
     call_with_columns(connection, "declare_types", columns)
+
+
+def start_by_name(
+    tx: Connection, workflow: str, payload: str, *, key: str | None, attributes: str | None
+) -> tuple[str, bool]:
+    """Start a workflow that code has declared here; its id, and whether it is new. Raises InvalidState, InputError."""
+    with translated():
+        row = (
+            plain_cursor(tx)
+            .execute(
+                "select durable.hex(id), is_new from durable.start_by_name(%s, %s, %s, null, %s)",
+                (workflow, payload, key, attributes),
+            )
+            .fetchone()
+        )
+    assert row is not None
+    return row[0], row[1]
 
 
 def replay(tx: Connection, workflow_id: str, *, actor: str | None) -> tuple[str, bool]:

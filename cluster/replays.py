@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from durable_cluster import replay_statements
+from durable_cluster import replay_statements, timeline_statements
 from durable_cluster.asynchronous import asynchronous
 from durable_cluster.errors import InputError
+from durable_cluster.timeline_statements import Timeline
 from durable_cluster.transactions import Transaction
 
 if TYPE_CHECKING:
@@ -91,6 +92,15 @@ class Replayable:
         rows = replay_statements.history(self._client.connection(), self.id, limit=limit)
         return [recorded(number, path, status, value) for number, path, status, value in rows]
 
+    def timeline(self) -> Timeline:
+        """When each of its steps ran, for how long, which attempt it was, and what it came to; as far as that is recorded.
+
+        Recorded it is where the workflow's kind is declared with ``history=True``, or ``history_sample`` says so; a second or so
+        later. Of others: the start, where it stands, the end. No payloads. Raises UnknownWorkflow.
+        """
+        return timeline_statements.timeline(self._client.connection(), self.id)
+
+    timeline_async = asynchronous(timeline)
     replay_async = asynchronous(replay)
     fork_async = asynchronous(fork)
     history_async = asynchronous(history)

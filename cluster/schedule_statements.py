@@ -66,6 +66,16 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     missed_until: datetime | None
 
 
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What a due time started. ``id``: truncated."""
+
+    due: datetime
+    id: str
+    status: str
+    started_at: datetime
+    finished_at: datetime | None
+
+
 class Due(msgspec.Struct, frozen=True, kw_only=True):
     """A schedule whose time has come, and the clock that says so."""
 
@@ -182,6 +192,12 @@ def schedules(connection: Connection, name: str | None = None) -> list[Schedule]
     """All, or the one called ``name``, by their names."""
     with translated():
         return _structs(connection, Schedule, "durable.schedules(%s)", name)
+
+
+def runs_of(connection: Connection, name: str, dues: Sequence[datetime]) -> list[Run]:
+    """What these due times started, the newest first; nothing of those that started nothing."""
+    with translated():
+        return _structs(connection, Run, "durable.runs_of(%s, %s::timestamptz[])", name, list(dues))
 
 
 def may_see_inputs(connection: Connection) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import psycopg
 from psycopg import sql
-from psycopg.errors import DependentObjectsStillExist
+from psycopg.errors import AmbiguousFunction, DependentObjectsStillExist
 from psycopg.pq import TransactionStatus
 
 from durable_cluster.database import connect
@@ -209,12 +209,17 @@ def _execute(connection: Connection, folder: str, name: str) -> None:
 def _replace_functions(connection: Connection, functions: Sequence[tuple[str, str]]) -> None:
     """Write every function again, drop those that this version no longer has, and then grant."""
     before = dict(connection.execute(OUR_FUNCTIONS).fetchall())
-    for folder, name in functions:
-        if name != "grants":
-            _execute(connection, folder, name)
-    for signature, place in connection.execute(OUR_FUNCTIONS).fetchall():
-        if before.get(signature) == place:  # its row is where it was: nobody has written it again
-            connection.execute(f"drop routine {signature}".encode())
+    try:
+        with connection.transaction():
+            _write_functions(connection, functions)
+    except AmbiguousFunction:
+        # A call, beside a function of an older version that took fewer arguments: that goes first.
+        connection.execute("select set_config('check_function_bodies', 'off', true)")
+        _write_functions(connection, functions)
+        _drop_unwritten(connection, before)
+        connection.execute("select set_config('check_function_bodies', 'on', true)")
+        _write_functions(connection, functions)
+    _drop_unwritten(connection, before)
     for folder, name in functions:
         if name == "grants":
             _execute(connection, folder, name)
@@ -223,6 +228,18 @@ def _replace_functions(connection: Connection, functions: Sequence[tuple[str, st
         " on conflict (one) do update set digest = excluded.digest, installed_at = now()",
         (_digest_of(functions),),
     )
+
+
+def _write_functions(connection: Connection, functions: Sequence[tuple[str, str]]) -> None:
+    for folder, name in functions:
+        if name != "grants":
+            _execute(connection, folder, name)
+
+
+def _drop_unwritten(connection: Connection, before: Mapping[str, str]) -> None:
+    for signature, place in connection.execute(OUR_FUNCTIONS).fetchall():
+        if before.get(signature) == place:  # its row is where it was: nobody has written it again
+            connection.execute(f"drop routine {signature}".encode())
 
 
 def _drop_contents(connection: Connection) -> None:

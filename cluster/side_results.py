@@ -20,6 +20,7 @@ from durable_cluster.limits import OF_STEP, Pump, Queued
 from durable_cluster.notes import Noted
 from durable_cluster.signals import Cancel, Delivery, Waiting
 from durable_cluster.statements import Outcome
+from durable_cluster.timing import Timed
 
 logger = logging.getLogger("durable_cluster.handoff")
 
@@ -35,8 +36,8 @@ class Detached(msgspec.Struct, frozen=True):
     crashes: int = 0
 
 
-Slot = Result | Task | Detached | None
-"""A line's state: its result, its transactional task still to run, or None for a line that is no step event."""
+Slot = Result | Task | Detached | Timed | None
+"""A line's state: its result (with its time, if it is recorded), its transactional task still to run, or None: no step event."""
 
 NotInTheLog = Later | Parked | Queued | Detached | Waiting | Spawning | Joining | OnTheWay | DeadLetter | Noted
 NOT_IN_THE_LOG = frozenset(get_args(NotInTheLog))

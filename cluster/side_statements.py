@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, LiteralString
 
 from durable_cluster.envelope import Envelope, encode_line
@@ -33,6 +34,21 @@ def next_due(connection: Connection) -> float | None:
     with translated():
         row = plain_cursor(connection).execute("select durable.next_due()").fetchone()
     return None if row is None or row[0] is None else float(row[0])
+
+
+def timers_due(
+    connection: Connection, within_s: float, *, after: tuple[datetime, int] | None, limit: int
+) -> list[tuple[datetime, int, str | None]]:
+    """The next timers due in so many seconds: when, number, step event if it holds one. ``after``: the last one so far."""
+    with translated():
+        return (
+            plain_cursor(connection)
+            .execute(
+                "select due, id, line from durable.timers_due(%s, %s, %s, %s)",
+                (within_s, *(after or (None, None)), limit),
+            )
+            .fetchall()
+        )
 
 
 def signal(
@@ -153,6 +169,16 @@ def attributes_of(connection: Connection, workflow_id: str) -> str:
         )
     assert row is not None
     return str(row[0])
+
+
+def chunks_of(connection: Connection, workflow_id: str, ref: int) -> list[tuple[int, str]]:
+    """Ref and text of the chunks of a workflow's memo up to the one with this ref, in order; nothing if it is not there."""
+    with translated():
+        return (
+            plain_cursor(connection)
+            .execute("select ref, body from durable.chunks_of(%s, %s::bigint)", (workflow_id, ref))
+            .fetchall()
+        )
 
 
 def publish(tx: Connection, progress: Mapping[str, str]) -> None:

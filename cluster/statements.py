@@ -11,6 +11,7 @@ import psycopg
 from psycopg.rows import tuple_row
 
 from durable_cluster.errors import translated
+from durable_cluster.memo import Spilled, rows_of
 from durable_cluster.transactions import AwaitedCursor, Joined
 
 Connection: TypeAlias = "psycopg.Connection[Any] | Joined"
@@ -68,14 +69,15 @@ def start(
     key: str | None,
     begin: timedelta | datetime | None = None,
     attributes: str | None = None,
+    traceparent: str | None = None,
     priority: float = 1,
 ) -> tuple[str, bool]:
     """The workflow's id (32 hex digits) and whether it is new. In the transaction of ``tx``, by one statement.
 
     ``begin``: when its first step is delivered: after how long, or at what time of the database's clock. ``attributes``: JSON.
     """
-    call = f"select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s, {_after(begin)}, %s)"
-    values = (workflow, version, step, payload, key, begin, attributes)
+    call = f"select durable.hex(id), is_new from durable.start(%s, %s, %s, %s, %s, {_after(begin)}, %s, %s)"
+    values = (workflow, version, step, payload, key, begin, attributes, traceparent)
     with translated():
         row = _started(tx, call, values, priority).fetchone()
     assert row is not None
@@ -92,11 +94,12 @@ def start_many(
     keys: Sequence[str] | None,
     begin: timedelta | datetime | None = None,
     attributes: Sequence[str] | None = None,
+    traceparent: str | None = None,
     priority: float = 1,
 ) -> list[tuple[str, bool]]:
     """As ``start`` for many payloads, in their order. ``attributes``: one for each, or one for all."""
-    call = f"select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s, {_after(begin)}, %s)"
-    values = (workflow, version, step, "\n".join(payloads), _lines(keys), begin, _lines(attributes))
+    call = f"select durable.hex(id), is_new from durable.start_many(%s, %s, %s, %s, %s, {_after(begin)}, %s, %s)"
+    values = (workflow, version, step, "\n".join(payloads), _lines(keys), begin, _lines(attributes), traceparent)
     with translated():
         return [(row[0], row[1]) for row in _started(tx, call, values, priority).fetchall()]
 
@@ -172,15 +175,6 @@ def locate(connection: Connection, workflow_id: str) -> list[Place]:
             .fetchall()
         )
     return [Place(shard=s, place=p, step=t, seq=n, owner_is_silent=o, due=d) for s, p, t, n, o, d in rows]
-
-
-def by_prefix(connection: Connection, digits: str) -> list[str]:
-    """Up to three whole ids that begin with ``digits``."""
-    with translated():
-        return [
-            row[0]
-            for row in plain_cursor(connection).execute("select durable.hex(i) from durable.by_prefix(%s) i", (digits,))
-        ]
 
 
 def probe(connection: Connection, shard: int, *, dead_interval: timedelta | None = None) -> bool:
@@ -268,17 +262,18 @@ def commit_page(
     steps: str,
     counts: Sequence[int],
     outcomes: Sequence[Outcome],
+    spilled: Sequence[Spilled] = (),
 ) -> None:
-    """Phase 2's last statement; without ``is_fenced`` its only one. Raises BatchLost.
-
-    ``steps``, ``counts``: see ``envelope.encode_chunks``.
+    """Phase 2's last statement; without ``is_fenced`` its only one. ``steps``, ``counts``: see ``envelope.encode_chunks``;
+    ``spilled``: what they do not carry any more. Raises BatchLost.
     """
+    where = shard, batch, owner, done, next_cursor, is_last
     function = "durable.commit_page" if is_fenced else "durable.commit_plain_page"
     with translated():
         plain_cursor(tx).execute(
             f"select {function}(%s::int, %s::bigint, %s::bigint, %s::durable.cursor, %s::durable.cursor, %s,"
-            " %s, %s::int[], %s, %s, %s, %s)",
-            (shard, batch, owner, done, next_cursor, is_last, steps, list(counts), *_columns(outcomes)),
+            " %s, %s::int[], %s, %s, %s, %s, %s)",
+            (*where, steps, list(counts), *_columns(outcomes), rows_of(spilled)),
         )
 
 
@@ -339,12 +334,9 @@ def abandon(connection: Connection, owner: int, *, suspects: int = 0) -> list[in
 
 def holdings(connection: Connection, owner: int) -> list[tuple[int, int]]:
     """Shard and batch of this owner's open windows; waits for commits that were on their way when a connection was lost."""
+    query = "select shard, batch from durable.holdings(%s::bigint)"
     with translated():
-        return (
-            plain_cursor(connection)
-            .execute("select shard, batch from durable.holdings(%s::bigint)", (owner,))
-            .fetchall()
-        )
+        return plain_cursor(connection).execute(query, (owner,)).fetchall()
 
 
 def mark_suspect(connection: Connection, *, batch: int, owner: int, done: str) -> int:
@@ -365,12 +357,20 @@ def reincarnate(connection: Connection, old: int, new: int) -> None:
         plain_cursor(connection).execute("select durable.reincarnate(%s::bigint, %s::bigint)", (old, new))
 
 
-def hand_on(tx: Connection, *, shard: int, steps: str, counts: Sequence[int], outcomes: Sequence[Outcome]) -> None:
-    """Successors and terminal records of detached steps; ``steps``, ``counts``: see ``envelope.encode_chunks``."""
+def hand_on(
+    tx: Connection,
+    *,
+    shard: int,
+    steps: str,
+    counts: Sequence[int],
+    outcomes: Sequence[Outcome],
+    spilled: Sequence[Spilled] = (),
+) -> None:
+    """Successors and terminal records of detached steps; ``steps``, ``counts``, ``spilled``: as for ``commit_page``."""
     with translated():
         plain_cursor(tx).execute(
-            "select durable.hand_on(%s::int, %s, %s::int[], %s, %s, %s, %s)",
-            (shard, steps, list(counts), *_columns(outcomes)),
+            "select durable.hand_on(%s::int, %s, %s::int[], %s, %s, %s, %s, %s)",
+            (shard, steps, list(counts), *_columns(outcomes), rows_of(spilled)),
         )
 
 

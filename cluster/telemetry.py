@@ -1,76 +1,83 @@
-"""Tracing, keyed on workflow ids that never leave whole: the only importer of opentelemetry.
+"""Tracing, keyed on workflow ids that never leave whole. See ``spans`` for who else imports opentelemetry.
 
 A workflow's trace id, and the id of that trace's root span, are a keyed hash of its id: no process has to hand them on, and they
 do not give the id away. Whether a workflow is sampled is a pure function of its id. A step of a sampled workflow
-is a span; so are, of all others, attempts that fail and those that follow them. A page is a span with links to the sampled
-workflows whose steps it ran. Nothing is recorded until ``configure`` is called with an endpoint set.
+is a span; so are, of all others, attempts that fail and those that follow them. A page that has steps of sampled workflows is a
+span with links to these. Nothing is recorded until ``configure`` is called with an exporter set.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
-from opentelemetry.context import Context
+from opentelemetry.context import attach, detach
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from durable_cluster.context import short_id
+from durable_cluster.dead_letters import reason_of, without_id
 from durable_cluster.envelope import Envelope, Page
-from durable_cluster.errors import ConfigurationError
-from durable_cluster.settings import environment
+from durable_cluster.settings import environment, span_exporters, spans_max
+from durable_cluster.traceparents import ids_of
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import SpanProcessor
+    from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 LINKS_MAX = 100
 ROOTS_MAX = 10_000
 REASON_CHARS_MAX = 200
+STACK_CHARS_MAX = 4_000
 SAMPLE_DIGITS = slice(12, 20)
 """Of a workflow id: random ones, and none that a truncated id shows."""
-SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+ALL = "g"
+"""More than any such digits."""
+SAMPLED, UNSAMPLED = TraceFlags(TraceFlags.SAMPLED), TraceFlags(TraceFlags.DEFAULT)
 _TRACE_KEY = b"durable-cluster trace id"
 
 
 class Tracing:
-    """The spans of one process, for ``processor``. ``sample``: which part of all workflows, from 0 to 1."""
+    """The spans of one process, for these processors. ``sample``: which part of all workflows, from 0 to 1."""
 
-    def __init__(self, processor: SpanProcessor, *, role: str, sample: float) -> None:
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+    def __init__(self, *processors: SpanProcessor, role: str, sample: float) -> None:
+        from durable_cluster.spans import Spans
 
-        chosen = self._chosen = threading.local()
+        self._spans = Spans(processors, role=role)
+        self.provider = self._spans.provider
+        sampled = round(sample * 16**8)
+        self.sampled_below = f"{sampled:08x}" if sampled < 16**8 else ALL
+        self._roots: OrderedDict[int, SpanContext] = OrderedDict()
+        self._lock = threading.Lock()
 
-        class Ids(RandomIdGenerator):
-            """Random ones, but for the span whose ids are chosen."""
-
-            def generate_trace_id(self) -> int:
-                return chosen.__dict__.pop("trace_id", 0) or super().generate_trace_id()
-
-            def generate_span_id(self) -> int:
-                return chosen.__dict__.pop("span_id", 0) or super().generate_span_id()
-
-        resource = Resource.create({"service.name": "durable-cluster", "durable.role": role})
-        self.provider = TracerProvider(resource=resource, id_generator=Ids())
-        self.provider.add_span_processor(processor)
-        self._tracer = self.provider.get_tracer("durable_cluster")
-        self._sampled_below = round(sample * 2**32)
-        self._roots: dict[str, None] = {}
+    @property
+    def dropped(self) -> int:
+        """How many spans did not get to where they are sent, since this process began."""
+        return sum(getattr(processor, "dropped", 0) for processor in self._spans.processors)
 
     def is_sampled(self, workflow_id: str) -> bool:
         """Whether each step of this workflow is a span."""
-        return int(workflow_id[SAMPLE_DIGITS], 16) < self._sampled_below
+        return workflow_id[SAMPLE_DIGITS] < self.sampled_below
+
+    def page(self, shard: int, page: Page) -> AbstractContextManager[object]:
+        """Around the run of a page: a span with links to its sampled workflows, if it has any."""
+        links = self._links(page)
+        if not links:
+            ids = self._spans.ids
+            return self._unrecorded(ids.generate_trace_id(), ids.generate_span_id())
+        return self._page(shard, page, links)
 
     @contextmanager
-    def page(self, shard: int, page: Page) -> Iterator[None]:
-        """A span around one page, with links to its sampled workflows."""
+    def _page(self, shard: int, page: Page, links: list[Link]) -> Iterator[None]:
         attributes: dict[str, str | int] = {
             "messaging.system": "pgque",
+            "messaging.operation.name": "process",
             "messaging.operation.type": "process",
             "messaging.destination.name": f"durable_{shard}",
             "messaging.batch.message_count": len(page.lines),
@@ -78,95 +85,140 @@ class Tracing:
             "durable.batch": page.header.batch,
             "durable.takeovers": page.header.takeovers,
         }
-        with self._tracer.start_as_current_span(
-            f"process durable_{shard}", kind=SpanKind.CONSUMER, attributes=attributes, links=self._links(page)
-        ):
-            yield
+        name = f"process durable_{shard}"
+        with self._spans.tracer.start_as_current_span(
+            name,
+            kind=SpanKind.CONSUMER,
+            attributes=attributes,
+            links=links,
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            of_page = span.get_span_context()
+            try:
+                with self._unrecorded(of_page.trace_id, of_page.span_id):
+                    yield
+            except BaseException as error:  # what the database says may name a row by its whole id
+                span.set_status(Status(StatusCode.ERROR, type(error).__name__))
+                raise
 
-    @contextmanager
-    def step(self, envelope: Envelope, *, quotes: bool) -> Iterator[Span]:
+    def unrecorded(self, workflow_id: str) -> AbstractContextManager[object]:
+        """Around a step of a workflow that is not sampled, where no page is: what its code traces is not recorded."""
+        return self._unrecorded(*_ids_of(workflow_id))
+
+    def _unrecorded(self, trace_id: int, span_id: int) -> AbstractContextManager[object]:
+        """Who asks what is sampled by what it belongs to, hears no."""
+        return trace.use_span(NonRecordingSpan(SpanContext(trace_id, span_id, is_remote=False, trace_flags=UNSAMPLED)))
+
+    def step(self, envelope: Envelope, *, quotes: bool) -> StepSpan:
         """A span around one attempt of a step: what runs in it finds it as the current one.
 
         ``quotes``: it tells what an exception says, and not only its class.
         """
-        parent = self._root(envelope, time.time_ns())
-        with self._tracer.start_as_current_span(
-            envelope.step,
-            parent,
-            attributes=_attributes(envelope),
-            record_exception=quotes,
-            set_status_on_exception=False,
-        ) as span:
-            try:
-                yield span
-            except BaseException as error:
-                tell(span, f"{type(error).__name__}: {error}" if quotes else type(error).__name__)
-                raise
+        began_ns = time.time_ns()
+        span = self._spans.begin(envelope.step, self._root(envelope, began_ns), _attributes(envelope), began_ns)
+        return StepSpan(span, envelope, quotes=quotes)
 
-    def failure(self, envelope: Envelope, began_ns: int, reason: str) -> None:
+    def failure(self, envelope: Envelope, began_ns: int, why: BaseException | str, *, quotes: bool = True) -> None:
         """The span of an attempt that has failed, and was none while it ran."""
-        parent = self._root(envelope, began_ns)
-        span = self._tracer.start_span(envelope.step, parent, attributes=_attributes(envelope), start_time=began_ns)
-        tell(span, reason)
+        span = self._spans.begin(envelope.step, self._root(envelope, began_ns), _attributes(envelope), began_ns)
+        _tell(span, envelope, why, quotes=quotes)
         span.end()
 
+    def lost(self, spans: Sequence[ReadableSpan]) -> None:
+        """These got nowhere. Roots among them are told again, each with the next span of its workflow. Any thread may say so."""
+        with self._lock:
+            for span in spans:
+                if span.parent is None and span.context is not None:
+                    self._roots.pop(span.context.trace_id, None)
+
     def shutdown(self) -> None:
-        """Send what is not sent yet."""
+        """Send what is not sent yet, for a second or two."""
         self.provider.shutdown()
 
-    def _root(self, envelope: Envelope, began_ns: int) -> Context:
-        """The root of its workflow's trace, as the parent of a span. It is told where the workflow begins, or with the first
-        span of one that is not sampled: no span is an orphan.
+    def _root(self, envelope: Envelope, began_ns: int) -> SpanContext:
+        """The root of its workflow's trace, as the parent of a span. Each process tells it with the first span that it has of the
+        workflow, and again where it was lost: no span is an orphan, whichever process died before it sent its own.
         """
-        workflow_id = envelope.workflow_id
-        trace_id, span_id = _ids_of(workflow_id)
-        is_told = envelope.seq == 1 if self.is_sampled(workflow_id) else workflow_id not in self._roots
-        if is_told:
-            self._chosen.trace_id, self._chosen.span_id = trace_id, span_id
-            attributes = {k: v for k, v in _attributes(envelope).items() if k.startswith("durable.workflow.")}
-            span = self._tracer.start_span(envelope.workflow, Context(), attributes=attributes, start_time=began_ns)
-            span.end(began_ns)
-            self._remember(workflow_id)
+        trace_id, span_id = _ids_of(envelope.workflow_id)
+        known = self._roots.get(trace_id)
+        if known is not None:
+            return known
         root = SpanContext(trace_id, span_id, is_remote=True, trace_flags=SAMPLED)
-        return trace.set_span_in_context(NonRecordingSpan(root), Context())
+        with self._lock:  # of two threads both may tell it: it is one span all the same
+            self._roots[trace_id] = root
+            if len(self._roots) > ROOTS_MAX:
+                self._roots.popitem(last=False)
+        self._tell_root(envelope, root, began_ns)
+        return root
 
-    def _remember(self, workflow_id: str) -> None:
-        if len(self._roots) >= ROOTS_MAX:
-            del self._roots[next(iter(self._roots))]
-        self._roots[workflow_id] = None
+    def _tell_root(self, envelope: Envelope, root: SpanContext, began_ns: int) -> None:
+        attributes = {k: v for k, v in _attributes(envelope).items() if k.startswith("durable.workflow.")}
+        caller = ids_of(envelope.traceparent) if envelope.traceparent else None
+        links = []
+        if caller is not None:
+            links.append(Link(SpanContext(caller[0], caller[1], is_remote=True, trace_flags=TraceFlags(caller[2]))))
+        self._spans.tell(envelope.workflow, root, attributes, links=links, times=(began_ns, began_ns))
 
     def _links(self, page: Page) -> list[Link]:
+        below = self.sampled_below
+        sampled = [one for one in page.lines if one is not None and one.workflow_id[SAMPLE_DIGITS] < below]
         links: list[Link] = []
-        for envelope in page.lines:
-            if envelope is None or not envelope.is_of_a_workflow or not self.is_sampled(envelope.workflow_id):
-                continue
+        for envelope in sampled:
+            if envelope.workflow.startswith("@") or not envelope.is_of_a_workflow:
+                continue  # a signal on its way, or what somebody has put into the log by hand
             trace_id, span_id = _ids_of(envelope.workflow_id)
             root = SpanContext(trace_id, span_id, is_remote=True, trace_flags=SAMPLED)
-            links.append(Link(root, _attributes(envelope)))
+            links.append(Link(root, {"durable.workflow.short_id": short_id(envelope.workflow_id)}))
             if len(links) == LINKS_MAX:
                 break
         return links
 
 
+class StepSpan:
+    """The span of an attempt, for as long as that lasts; it tells what the attempt raises."""
+
+    __slots__ = ("_envelope", "_quotes", "_span", "_token")
+
+    def __init__(self, span: Span, envelope: Envelope, *, quotes: bool) -> None:
+        self._span = span
+        self._envelope = envelope
+        self._quotes = quotes
+
+    def __enter__(self) -> StepSpan:
+        self._token = attach(trace.set_span_in_context(self._span))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, of: TracebackType | None) -> None:
+        detach(self._token)
+        if error is not None:
+            _tell(self._span, self._envelope, error, quotes=self._quotes)
+        self._span.end()
+
+    def tell(self, why: str) -> None:
+        """What is wrong with it though it raised nothing."""
+        _tell(self._span, self._envelope, why)
+
+
 def configure(role: str) -> Tracing | None:
-    """Export spans by OTLP over HTTP if ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set; call it after the process was spawned.
+    """Export spans as OpenTelemetry's variables say: see ``settings.span_exporters``; call it after the process was spawned.
 
     Whoever traces nothing does not pay for the SDK: its imports would be a fifth of the start of every process and command.
     Raises ConfigurationError.
     """
-    here = environment()
-    if here.otlp_endpoint is None:
+    exporters = span_exporters()
+    if not exporters:
         return None
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from durable_cluster.span_export import processors
 
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # an extra
-    except ImportError as error:
-        raise ConfigurationError(
-            "OTEL_EXPORTER_OTLP_ENDPOINT is set but the exporter is not installed; pip install 'durable-cluster[otlp]'"
-        ) from error
-    tracing = Tracing(BatchSpanProcessor(OTLPSpanExporter()), role=role, sample=here.trace_sample)
-    trace.set_tracer_provider(tracing.provider)  # once a process: a program that has set one of its own keeps it
+    queues = processors(exporters, queue_max=spans_max())
+    tracing = Tracing(*queues, role=role, sample=environment().trace_sample)
+    for queue in queues:
+        queue.on_lost = tracing.lost
+    if isinstance(
+        trace.get_tracer_provider(), trace.ProxyTracerProvider
+    ):  # a program that has set one of its own keeps it
+        trace.set_tracer_provider(tracing.provider)
     return tracing
 
 
@@ -175,14 +227,24 @@ def trace_id_of(workflow_id: str) -> int:
     return _ids_of(workflow_id)[0]
 
 
-def tell(span: Span, reason: str) -> None:
-    """What is wrong with what the span stands for."""
+def _tell(span: Span, envelope: Envelope, why: BaseException | str, *, quotes: bool = True) -> None:
+    """What is wrong with the attempt that the span stands for. ``quotes``: see ``Tracing.step``."""
+    if isinstance(why, BaseException):
+        kind = type(why).__name__
+        span.set_attribute("error.type", kind)
+        reason = without_id(reason_of(why), envelope) if quotes else kind
+        if quotes:
+            stack = without_id("".join(traceback.format_exception(why))[-STACK_CHARS_MAX:], envelope)
+            said = {"exception.type": kind, "exception.message": reason, "exception.stacktrace": stack}
+            span.add_event("exception", said)
+    else:
+        reason = without_id(why, envelope)
     span.set_status(Status(StatusCode.ERROR, reason[:REASON_CHARS_MAX]))
 
 
 def _ids_of(workflow_id: str) -> tuple[int, int]:
     """Of its trace, and of that trace's root span."""
-    digest = blake2b(bytes.fromhex(workflow_id), key=_TRACE_KEY, digest_size=24).digest()
+    digest = blake2b(workflow_id.encode(), key=_TRACE_KEY, digest_size=24).digest()
     return int.from_bytes(digest[:16], "big"), int.from_bytes(digest[16:], "big") or 1
 
 

@@ -25,6 +25,7 @@ class Shared(TypedDict, total=False):
     after: Duration | None
     at: datetime | None
     priority: float
+    traceparent: str | None
     tx: Transaction | None
 
 
@@ -46,6 +47,7 @@ class TypedMachine(Machine, Generic[In, R]):
     """A machine whose input is an ``In`` (None: it takes none), and whose result is an ``R``."""
 
     returned: msgspec.json.Decoder[Any]
+    keeps_memo = False
 
     @overload
     def start(self: TypedMachine[None, R], value: None = None, **how: Unpack[Beginning]) -> WorkflowHandle[R]: ...

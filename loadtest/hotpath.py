@@ -106,7 +106,7 @@ class Hotpath:
     def report(self, *, seconds: float) -> Report:
         """Measure everything, in about three times ``seconds``."""
         changed_before = measure.changed_rows(self._connection)
-        warm_up = self._round(self._processes * WARM_UP_WORKFLOWS_A_PROCESS)
+        warm_up = self.round(self._processes * WARM_UP_WORKFLOWS_A_PROCESS)
         say(f"warm-up: {warm_up.steps_per_s:,.0f} steps/s")
         payload_bytes = measure.prepare_yardstick(self._connection)
         measure.set_rotation(self._connection, period_s=ROTATION_S)
@@ -151,7 +151,7 @@ class Hotpath:
         rounds, limits = [warm_up], []
         for number in range(1, ROUNDS + 1):
             workflows = int(rounds[-1].steps_per_s * seconds / workloads.STEPS)
-            rounds.append(self._round(min(WORKFLOWS_MAX, max(WORKFLOWS_MIN, workflows))))
+            rounds.append(self.round(min(WORKFLOWS_MAX, max(WORKFLOWS_MIN, workflows))))
             limits.append(measure.limits(self._connection, seconds=seconds * P_SHARE))
             say(
                 f"round {number} of {ROUNDS}: {rounds[-1].steps_per_s:,.0f} steps/s in {rounds[-1].span.seconds:.1f} s,"
@@ -159,7 +159,7 @@ class Hotpath:
             )
         return rounds[1:], measure.median_limits(limits)
 
-    def _round(self, workflows: int) -> Round:
+    def round(self, workflows: int) -> Round:
         """Load a backlog, and measure from its commit until it is drained."""
         with connect(self._connection.info.dsn, name="durable-loadtest feed") as feed:
             with feed.transaction():

@@ -7,12 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
+from durable_cluster.ops.assets import add_options as add_assets
+from durable_cluster.ops.bench import add_options as add_bench
+from durable_cluster.ops.console import command as console
 from durable_cluster.ops.letters import REASONS
 from durable_cluster.ops.terminal import PROGRAM, BadUsage
 from durable_cluster.ops.values import actor, attribute, between, moment, seconds
 from durable_cluster.replays import HISTORY_MAX
 from durable_cluster.search import LIMIT_MAX, STATUSES
-from durable_cluster.settings import SHARDS_MAX
+from durable_cluster.settings import LOG_FORMATS, METRICS, SHARDS_MAX
 
 COUNT_MAX = 10_000_000
 CONSUMERS_MAX = 16
@@ -76,6 +79,9 @@ def parser() -> Parser:
     history.add_argument("id", metavar="ID", help="an id, or the first digits of one")
     history.add_argument("--limit", type=between(1, LIMIT_MAX), default=HISTORY_MAX, metavar="N")
 
+    timeline = command("timeline", "show when each step of a workflow ran, as far as that is recorded")
+    timeline.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+
     _add_again(
         command("replay", "start workflows over, with the same input: a stuck one itself, of an ended one a new one")
     )
@@ -90,11 +96,14 @@ def parser() -> Parser:
     stop.add_argument("--now", action="store_true", help="do not let running steps end")
     stop.add_argument("--timeout", type=seconds, default=60.0, metavar="S", help="wait at most so long (60)")
 
+    console.add_options(command("console", "serve the console, a web page and a REST API, from here"))
+
     command("doctor", "check everything that has to be right")
+    add_assets(command("assets", "write out dashboards, alert rules, runbooks and deployment files"))
     command("psql", "open psql on the database; what follows goes to psql")
 
     _add_demo(command("demo", "take 830 real orders through a cluster and reconcile the books"))
-    _add_bench(commands)
+    add_bench(command("bench", "measure the hot path beside its peers and write a report"))
     return top
 
 
@@ -111,9 +120,20 @@ def _add_start(start: Parser) -> None:
     _add_app(start)
     _add_no_roles(start)
     _add_log_level(start)
+    start.add_argument(
+        "--log-format", choices=LOG_FORMATS, help="(DURABLE_LOG_FORMAT, else pretty on a terminal, plain elsewhere)"
+    )
     start.add_argument("--consumers-per-shard", type=between(1, CONSUMERS_MAX), default=1, metavar="N")
     start.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as drain_grace_s=10"
+    )
+    console.add_start_option(start)
+    start.add_argument(
+        "--metrics",
+        nargs="?",
+        const=METRICS,
+        metavar="[HOST:]PORT",
+        help=f"serve the metrics page ({METRICS}; extra 'metrics')",
     )
     start.add_argument(
         "--reload", action="store_true", help="drain and start again when Python files change (extra 'reload')"
@@ -237,38 +257,6 @@ def _add_audit(commands: Commands) -> None:
 
 def _add_attributes(to: Parser, help_: str) -> None:
     to.add_argument("--attribute", action="append", type=attribute, default=[], metavar="NAME=VALUE", help=help_)
-
-
-def _add_bench(commands: Commands) -> None:
-    bench = _add_command(commands, "bench", "measure the hot path beside its peers and write a report")
-    bench.epilog = (
-        "It makes databases of its own and drops them: on --dsn, else on a local Postgres that is gone afterwards."
-    )
-    bench.add_argument(
-        "--quick", action="store_true", help="a taste of everything, in about twelve minutes (else hours)"
-    )
-    bench.add_argument(
-        "--out", type=Path, default=Path("bench-report"), metavar="DIR", help="where to (./bench-report)"
-    )
-    bench.add_argument("--systems", nargs="+", default=[], metavar="NAME", help="only these")
-    bench.add_argument("--workloads", nargs="+", default=[], metavar="W", help="only these of W1 to W8")
-    bench.add_argument("--seconds", type=seconds, metavar="S", help="the length of a load (20); others in proportion")
-    bench.add_argument("--soak", type=seconds, default=0.0, metavar="S", help="at the end, a load that lasts so long")
-    bench.add_argument(
-        "--pg-bin",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="binaries of a Postgres; may be repeated",
-    )
-    bench.add_argument(
-        "--render",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="measure nothing; write the report there anew, with what further reports have beside it",
-    )
 
 
 def _add_limits(commands: Commands) -> None:

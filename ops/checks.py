@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import psycopg
 
-from durable_cluster import schema
+from durable_cluster import schema, timeline_statements
 from durable_cluster.ops import lookups
 from durable_cluster.ops.terminal import elapsed
 from durable_cluster.settings import Settings
@@ -23,8 +23,10 @@ LISTEN_S_MAX = 2.0
 DAYS_AHEAD_MIN = 2
 CONNECTIONS_LEFT_MIN = 10
 LATE_S_MAX = 60.0
+SKIPPED_S = 86_400.0
 DAY_S = 86_400
 EXPORT_DAYS = 7
+MIB = 1 << 20
 
 Connection = psycopg.Connection[Any]
 
@@ -237,6 +239,37 @@ def rotation(connection: Connection) -> Finding:
         f"{len(overdue)} logs are late, {queue} by {elapsed(age_s)}: they grow",
         "durable-cluster start runs maintenance; if it runs, see 'snapshots' and 'windows' here",
     )
+
+
+def timeline(connection: Connection) -> Finding:
+    """What projects the records of steps holds the log back until it has read them, or has passed over them."""
+    lag_s = timeline_statements.history_lag(connection)
+    if lag_s is None:
+        return _ok("timeline", "off: no type of workflow is recorded")
+    if lag_s > LATE_S_MAX:
+        return _wrong(
+            "timeline",
+            f"{elapsed(lag_s)} behind: nobody projects it, and after history_lag_max_s"
+            f" ({Settings().history_lag_max_s:g}) it passes over what it lacks",
+            "durable-cluster start; if a cluster runs, see its log: maintenance says why",
+        )
+    skips, since_s = lookups.timeline_skips(connection)
+    if since_s is not None and since_s < SKIPPED_S:
+        return _note(
+            "timeline",
+            f"on, {lag_s:.1f} s behind; {skips} times records were passed over, the last {elapsed(since_s)} ago",
+            "select * from durable.timeline_skips() says what is missing; record less: see history_sample",
+        )
+    return _ok("timeline", f"on, {lag_s:.1f} s behind")
+
+
+def chunks(connection: Connection) -> Finding:
+    """What large memos of linear workflows take; maintenance clears away what nobody needs."""
+    size = lookups.spill_bytes(connection)
+    says = f"large memos of workflows take {size / MIB:,.0f} MiB"
+    if upkeep.needs_spill_rotation(connection):
+        return _ok("memos", f"{says}, half of it garbage or more (upkeep is due now)")
+    return _ok("memos", says)
 
 
 def timers(connection: Connection) -> Finding:

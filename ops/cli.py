@@ -15,6 +15,7 @@ from psycopg.errors import InsufficientPrivilege
 
 from durable_cluster.errors import DurableError
 from durable_cluster.ops import (
+    assets,
     audit,
     bench,
     cancel,
@@ -35,8 +36,10 @@ from durable_cluster.ops import (
     signal,
     start,
     status,
+    timeline,
 )
 from durable_cluster.ops.arguments import parser
+from durable_cluster.ops.console import command as console
 from durable_cluster.ops.letters import Filter
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal
@@ -126,6 +129,9 @@ def _start(terminal: Terminal, target: Target, options: argparse.Namespace) -> i
         with_roles=not options.no_roles,
         overrides=options.set,
         log_level=options.log_level.upper(),
+        log_format=options.log_format,
+        metrics=options.metrics,
+        console=options.console,
     )
 
 
@@ -297,6 +303,7 @@ COMMANDS: Mapping[str, Command] = {
     "history": lambda terminal, target, options: replay.history(
         terminal, target, prefix=options.id, limit=options.limit
     ),
+    "timeline": lambda terminal, target, options: timeline.timeline(terminal, target, prefix=options.id),
     "replay": _replay,
     "fork": _fork,
     "dead-letters": _dead_letters,
@@ -304,7 +311,9 @@ COMMANDS: Mapping[str, Command] = {
     "schedules": _schedules,
     "audit": _audit,
     "stop": _stop,
+    "console": console.console,
     "doctor": lambda terminal, target, options: doctor.doctor(terminal, target),
+    "assets": assets.assets,
     "demo": _demo,
     "bench": lambda terminal, target, options: bench.bench(terminal, options),
 }

@@ -9,7 +9,7 @@ from durable_cluster.codec import is_coded
 from durable_cluster.loading import load_app
 from durable_cluster.ops.terminal import pretty
 
-CODED = "is coded; --app module:app reads it"
+CODED = "is coded: --app module:app names the App whose codec reads it"
 
 
 def app_of(address: str | None) -> App | None:

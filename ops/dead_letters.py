@@ -14,12 +14,12 @@ from durable_cluster.app import App
 from durable_cluster.codec import TEXTS, Where, is_coded, state_of
 from durable_cluster.context import short_id
 from durable_cluster.envelope import encode
-from durable_cluster.errors import DurableError, UnknownWorkflow
+from durable_cluster.errors import DurableError, InvalidState, UnknownWorkflow
 from durable_cluster.ops import letters
 from durable_cluster.ops.coded import CODED, app_of, payload_lines
 from durable_cluster.ops.letters import Filter, Letter, WholeLetter
 from durable_cluster.ops.run import parsed
-from durable_cluster.ops.show import checked_prefix, moment
+from durable_cluster.ops.show import ambiguous, checked_prefix, moment
 from durable_cluster.ops.target import Database, Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, table
 
@@ -79,7 +79,7 @@ def show(terminal: Terminal, target: Target, *, prefix: str, app_address: str | 
     digits = checked_prefix(prefix)
     app = app_of(app_address)
     with target.opened(app=app) as database, _connected(database) as connection:
-        workflow_id, letter = _known(connection, digits)
+        workflow_id, letter = known(connection, digits)
         is_shown = letters.may_see_states(connection)
         state = letters.state(connection, workflow_id) if is_shown else None
     if app is not None:
@@ -102,11 +102,11 @@ def retry(
     value = None if state is None else parsed(state, option="--state")
     app = app_of(app_address)
     with target.opened(app=app) as database, _connected(database, actor) as connection:
-        workflow_id, letter = _known(connection, digits)
+        workflow_id, letter = known(connection, digits)
         if state is None:
             side_statements.retry_dead_letter(connection, workflow_id)
         else:
-            payload = _payload(connection, app, workflow_id, letter, value)
+            payload = edited_state(connection, app, workflow_id, letter, value)
             side_statements.retry_dead_letter(connection, workflow_id, state=payload, seq=letter.seq)
     short = short_id(workflow_id)
     edited = "" if state is None else " with the edited state"
@@ -118,7 +118,7 @@ def purge(terminal: Terminal, target: Target, *, prefix: str, actor: str | None)
     """End one stuck workflow as failed."""
     digits = checked_prefix(prefix)
     with target.opened() as database, _connected(database, actor) as connection:
-        workflow_id, letter = _known(connection, digits)
+        workflow_id, letter = known(connection, digits)
         letters.purge(connection, workflow_id)
     short = short_id(workflow_id)
     terminal.answer(Done(done=1, id=short), [f"{short}  {letter.workflow} has ended: failed in step '{letter.step}'"])
@@ -156,18 +156,17 @@ def _connected(database: Database, actor: str | None = None) -> Iterator[Connect
         yield connection
 
 
-def _known(connection: Connection, digits: str) -> tuple[str, WholeLetter]:
-    """The whole id and its dead letter."""
+def known(connection: Connection, digits: str) -> tuple[str, WholeLetter]:
+    """The whole id that begins with these digits, and its letter. Raises UnknownWorkflow for none, InvalidState for several."""
     found = letters.by_prefix(connection, digits)
     if len(found) > 1:
-        some = ", ".join(short_id(one) for one in found[:2])
-        raise UnknownWorkflow(
-            f"{len(found) if len(found) < 3 else 'several'} dead letters begin with {short_id(digits)}"
-            f" ({some}{', …' if len(found) > 2 else ''}): give more digits"
-        )
+        raise InvalidState(ambiguous(found, digits, "dead letter"))
     letter = letters.whole(connection, found[0]) if found else None
     if letter is None:
-        raise UnknownWorkflow(f"no dead letter begins with {short_id(digits)}; see 'durable-cluster dead-letters list'")
+        raise UnknownWorkflow(
+            f"no dead letter begins with {short_id(digits)}: it was retried or ended, or there never was one;"
+            " see 'durable-cluster dead-letters list'"
+        )
     return found[0], letter
 
 
@@ -180,7 +179,7 @@ def _read(app: App, workflow_id: str, letter: WholeLetter, state: str | None) ->
     return msgspec.structs.replace(letter, details=said), state
 
 
-def _payload(connection: Connection, app: App | None, workflow_id: str, letter: WholeLetter, value: Any) -> str:
+def edited_state(connection: Connection, app: App | None, workflow_id: str, letter: WholeLetter, value: Any) -> str:
     """An edited state as the database gets it, if it fits its step, where the app was named."""
     if app is not None:
         app.named(letter.workflow).step_name(letter.step)

@@ -5,7 +5,6 @@ The supervisor has this process's main thread, because signals go there; the loa
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege, ObjectInUse
 
-from durable_cluster import schema
+from durable_cluster import log_output, schema
 from durable_cluster.database import connect
 from durable_cluster.errors import DatabaseError, DurableError
 from durable_cluster.examples.orders.carrier import CarrierError
@@ -27,7 +26,7 @@ from durable_cluster.ops.demo import checked_times, run_demo
 from durable_cluster.ops.demo_watch import Standing
 from durable_cluster.ops.reconcile import Reconciliation
 from durable_cluster.ops.running import registered
-from durable_cluster.ops.start import EXAMPLES, LOG_FORMAT
+from durable_cluster.ops.start import EXAMPLES
 from durable_cluster.ops.target import Database, Target
 from durable_cluster.ops.terminal import Terminal
 from durable_cluster.pidfile import read_pidfile
@@ -58,7 +57,8 @@ def demo(
     log_level: str,
 ) -> int:
     """Run it; 0 only if every figure is exact. ``is_linear``: the flow as a function, else as a machine."""
-    logging.basicConfig(level=log_level, format=LOG_FORMAT)
+    form = log_output.chosen(None)
+    log_output.configure(log_level, form)
     checked_times(times)
     with registered(target.data / "demo"), target.opened(is_made=True) as database:
         layout = shards or schema.DEFAULT_SHARDS
@@ -72,6 +72,7 @@ def demo(
             consumers_per_shard=1,
             settings=settings,
             log_level=log_level,
+            log_format=form,
         )
         with carrier_process() as carrier:
             show = Performance(terminal, config, times=times, carrier=carrier)

@@ -35,6 +35,8 @@ SCHEMA_CHECKS: Sequence[Check] = (
     checks.consumers,
     checks.silent_windows,
     checks.rotation,
+    checks.timeline,
+    checks.chunks,
     checks.timers,
     checks.schedules,
 )
@@ -78,11 +80,16 @@ def _made(check: Check, connection: psycopg.Connection[Any]) -> Finding:
     try:
         return check(connection)
     except psycopg.Error as error:
-        said = error.diag.message_primary or str(error)
-        name = check.__name__.replace("_", " ")
-        return Finding(
-            check=name, verdict="wrong", says=f"it could not be looked at: {said}", next_step="use the schema's owner"
-        )
+        return unmade(check, error)
+
+
+def unmade(check: Check, error: psycopg.Error) -> Finding:
+    """In place of the finding of a check that could not be made."""
+    said = error.diag.message_primary or str(error)
+    name = check.__name__.replace("_", " ")
+    return Finding(
+        check=name, verdict="wrong", says=f"it could not be looked at: {said}", next_step="use the schema's owner"
+    )
 
 
 def _lines(diagnosis: Diagnosis) -> list[str]:

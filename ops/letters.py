@@ -54,29 +54,29 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
         return self == Filter()
 
 
-def listed(connection: Connection, which: Filter, *, limit: int) -> list[Letter]:
-    """Newest first; more than ``limit`` only where several share the last one's moment."""
+def listed(connection: Connection, which: Filter, *, limit: int, before: datetime | None = None) -> list[Letter]:
+    """Newest first; more than ``limit`` only where several share the last one's moment. ``before``: of the last row so far."""
     with translated(), connection.cursor(row_factory=kwargs_row(Letter)) as cursor:
         return cursor.execute(
             "select id, workflow, step, seq, attempt, reason, message, at"
-            " from durable.dead_letters(%s, %s, %s, %s::int)",
-            (which.workflow, which.step, which.reason, limit),
+            " from durable.dead_letters(%s, %s, %s, %s::int, coalesce(%s::timestamptz, 'infinity'))",
+            (which.workflow, which.step, which.reason, limit, before),
         ).fetchall()
 
 
-def total(connection: Connection, which: Filter) -> tuple[int, datetime | None]:
-    """How many, and the moment of the newest."""
+def total(connection: Connection, which: Filter, *, most: int | None = None) -> tuple[int, datetime | None]:
+    """How many, and the moment of the newest. ``most``: so many are counted and no more."""
     with translated():
         row = connection.execute(
-            "select letters, newest from durable.dead_letter_total(%s, %s, %s)",
-            (which.workflow, which.step, which.reason),
+            "select letters, newest from durable.dead_letter_total(%s, %s, %s, %s::bigint)",
+            (which.workflow, which.step, which.reason, most),
         ).fetchone()
     assert row is not None
     return row[0], row[1]
 
 
 def by_prefix(connection: Connection, digits: str) -> list[str]:
-    """Up to three whole ids of stuck workflows that begin with ``digits``."""
+    """Whole ids of stuck workflows that begin with ``digits``, ``lookups.PREFIXED_MAX`` at the most."""
     with translated():
         rows = connection.execute("select durable.hex(i) from durable.dead_letters_by_prefix(%s) i", (digits,))
         return [row[0] for row in rows]

@@ -12,6 +12,9 @@ from psycopg.rows import kwargs_row
 
 from durable_cluster.errors import translated
 
+PREFIXED_MAX = 3
+"""So many ids that begin alike are looked for: one, none, or ambiguous."""
+
 Connection = psycopg.Connection[Any]
 
 
@@ -83,6 +86,16 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
     workflows: int
 
 
+class Installed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the database is laid out for, and its migrations by name and moment."""
+
+    shards: int
+    payload_bytes_max: int
+    mailbox_max: int
+    installed_at: datetime
+    migrations: list[tuple[str, datetime]]
+
+
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """Something that keeps old row versions from being cleaned up."""
 
@@ -98,6 +111,13 @@ def shard_statuses(connection: Connection) -> list[ShardStatus]:
             "select shard, has_work, windows, silent_windows, consumers, is_idle,"
             " extract(epoch from tick_age)::float8 tick_age_s from durable.shard_status()"
         ).fetchall()
+
+
+def by_prefix(connection: Connection, digits: str) -> list[str]:
+    """Whole ids that begin with ``digits``, ``PREFIXED_MAX`` at the most."""
+    with translated():
+        rows = connection.execute("select durable.hex(i) from durable.by_prefix(%s) i", (digits,)).fetchall()
+    return [row[0] for row in rows]
 
 
 def pauses(connection: Connection) -> list[Pause]:
@@ -192,6 +212,24 @@ def days_back(connection: Connection) -> int:
         )
 
 
+def installed(connection: Connection) -> Installed:
+    """The layout and what was installed when."""
+    with translated():
+        layout = connection.execute(
+            "select shards, payload_bytes_max, mailbox_max, installed_at from durable.cluster"
+        ).fetchone()
+        migrations = connection.execute("select name, applied_at from durable.migration order by name").fetchall()
+    assert layout is not None
+    shards, payload_bytes_max, mailbox_max, installed_at = layout
+    return Installed(
+        shards=shards,
+        payload_bytes_max=payload_bytes_max,
+        mailbox_max=mailbox_max,
+        installed_at=installed_at,
+        migrations=migrations,
+    )
+
+
 def silent_windows(connection: Connection, *, dead_interval_s: float) -> list[tuple[int, float]]:
     """Shard and seconds of silence of windows that a consumer should have taken over by now."""
     with translated():
@@ -212,6 +250,12 @@ def overdue_rotations(connection: Connection) -> list[tuple[str, float]]:
             "  select from generate_series(0, queue_ntables - 1) n"
             "  where pg_relation_size((queue_data_pfx || '_' || n)::regclass) > 0) order by 1"
         ).fetchall()
+
+
+def spill_bytes(connection: Connection) -> int:
+    """How large the tables are that hold what linear workflows have on record and do not carry."""
+    with translated():
+        return int(_value(connection, "select durable.spill_bytes()"))
 
 
 def ticks_from_another_server(connection: Connection) -> int:
@@ -253,6 +297,16 @@ def audit_state(connection: Connection) -> tuple[bool, float | None]:
     with translated():
         row = connection.execute(
             "select durable.is_audited(), extract(epoch from durable.now() - durable.audit_reaches_back())::float8"
+        ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+def timeline_skips(connection: Connection) -> tuple[int, float | None]:
+    """How often, of late, records of steps were passed over because what projects them was behind; seconds since the last time."""
+    with translated():
+        row = connection.execute(
+            "select count(*)::int, extract(epoch from durable.now() - max(at))::float8 from durable.timeline_skips()"
         ).fetchone()
     assert row is not None
     return row[0], row[1]

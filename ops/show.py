@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,7 +15,8 @@ from durable_cluster.app import App
 from durable_cluster.codec import Where, is_coded
 from durable_cluster.context import SHORT_ID_DIGITS, short_id
 from durable_cluster.envelope import encode
-from durable_cluster.errors import UnknownWorkflow
+from durable_cluster.errors import InvalidState, UnknownWorkflow
+from durable_cluster.ops import looks, lookups
 from durable_cluster.ops.coded import CODED, app_of, payload_lines
 from durable_cluster.ops.target import Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal, table
@@ -25,7 +27,10 @@ THEN = {"sleeping": "sleeping", "waiting": "waiting for a signal", "joining": "w
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of ``show``. ``places``: where a running workflow stands in the log; ``failure``: of a failed or stuck one."""
+    """The answer of ``show``. ``places``: where a running workflow stands in the log; ``failure``: of a failed or stuck one.
+
+    ``parent``: whose child it is; ``origin``: what it was replayed or forked from; both truncated.
+    """
 
     id: str
     workflow: str
@@ -38,6 +43,18 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     progress: Any = None
     output: Any = None
     failure: dict[str, Any] | None = None
+    parent: str | None = None
+    origin: str | None = None
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A workflow as the database has it. ``id``: whole; ``progress``, ``attributes``: JSON, of which the former may be coded."""
+
+    id: str
+    state: State
+    places: list[Place]
+    progress: str | None
+    attributes: str
 
 
 def list_(terminal: Terminal, target: Target, *, which: Which, limit: int, after: str | None) -> int:
@@ -62,7 +79,12 @@ def show(terminal: Terminal, target: Target, *, prefix: str, app_address: str | 
     app = app_of(app_address)
     with target.opened(app=app) as database, database.connect("show") as connection:
         schema.demand_installed(connection)
-        shown = _known(connection, digits, app)
+        workflow_id = whole_id(connection, digits)
+        found = read(connection, workflow_id)
+        kin = looks.known(connection, workflow_id)
+    shown = told(found, app)
+    if kin is not None:
+        shown = msgspec.structs.replace(shown, parent=kin.parent, origin=kin.origin)
     terminal.answer(shown, _lines(shown))
     return 0
 
@@ -78,53 +100,68 @@ def checked_prefix(text: str) -> str:
 
 
 def whole_id(connection: psycopg.Connection[Any], digits: str) -> str:
-    """The id that begins with these digits. Raises UnknownWorkflow for none and for several."""
-    found = statements.by_prefix(connection, digits)
-    if len(found) > 1:
-        some = ", ".join(short_id(one) for one in found[:2])
-        raise UnknownWorkflow(
-            f"{len(found) if len(found) < 3 else 'several'} workflows begin with {short_id(digits)}"
-            f" ({some}{', …' if len(found) > 2 else ''}): give more digits"
-        )
+    """The id that begins with these digits. Raises UnknownWorkflow for none, InvalidState for several."""
+    found = lookups.by_prefix(connection, digits)
     if not found:
-        raise _unknown(digits)
+        raise UnknownWorkflow(
+            f"no workflow begins with {short_id(digits)} in this database; see 'durable-cluster list'"
+        )
+    if len(found) > 1:
+        raise InvalidState(ambiguous(found, digits))
     return found[0]
 
 
-def _unknown(digits: str) -> UnknownWorkflow:
-    return UnknownWorkflow(f"no workflow begins with {short_id(digits)} in this database; see 'durable-cluster list'")
+def ambiguous(found: Sequence[str], digits: str, what: str = "workflow") -> str:
+    """That these digits mean several, of which as many were looked for as ``lookups.by_prefix`` does, and what to say instead."""
+    shorts = list(dict.fromkeys(map(short_id, found)))
+    count, more = (f"{len(found)} or more", ", …") if len(found) >= lookups.PREFIXED_MAX else (str(len(found)), "")
+    if len(shorts) > 1:
+        some = ", ".join(shorts) + more
+        return f"{count} {what}s begin with {short_id(digits)} ({some}): give more digits of the one that is meant"
+    return (
+        f"{count} {what}s have the same first {SHORT_ID_DIGITS} digits, {shorts[0]}: only a whole id tells them apart,"
+        " which durable-cluster takes, and the console's API as the header Workflow-Id"
+    )
 
 
-def _known(connection: psycopg.Connection[Any], digits: str, app: App | None) -> Shown:
-    workflow_id = whole_id(connection, digits)
+def read(connection: psycopg.Connection[Any], workflow_id: str, *, may_locate: bool = True) -> Found:
+    """What the database knows of a workflow. Raises UnknownWorkflow. ``may_locate``: whether the role may see where it stands."""
     state = statements.state_of(connection, workflow_id)
     if state is None:
-        raise _unknown(digits)
+        raise UnknownWorkflow(f"there is no workflow {short_id(workflow_id)}…")
     # A workflow that ends between the two looks stands nowhere: look again at what became of it.
-    places = statements.locate(connection, workflow_id) if state.status == "running" else []
+    is_located = state.status == "running" and may_locate
+    places = statements.locate(connection, workflow_id) if is_located else []
     if state.status == "running" and not places:
         state = statements.state_of(connection, workflow_id) or state
+    return Found(
+        id=workflow_id,
+        state=state,
+        places=places,
+        progress=side_statements.progress_of(connection, workflow_id),
+        attributes=side_statements.attributes_of(connection, workflow_id),
+    )
+
+
+def told(found: Found, app: App | None) -> Shown:
+    """The same with its payloads read; ``app``: by whose codec. Raises CodecError."""
+    state = found.state
     value = None if state.output is None else msgspec.json.decode(state.output)
-    published = side_statements.progress_of(connection, workflow_id)
-    progress = None if published is None else msgspec.json.decode(published)
+    progress = None if found.progress is None else msgspec.json.decode(found.progress)
     if app is not None:
-        value = app.payloads.ended(state.workflow, workflow_id, state.status, value)
-        progress = app.payloads.value(progress, Where(state.workflow, "progress", workflow_id))
-    shown = _shown(short_id(workflow_id), state, value, places)
-    attributes = msgspec.json.decode(side_statements.attributes_of(connection, workflow_id))
-    return msgspec.structs.replace(shown, attributes=attributes, progress=progress)
-
-
-def _shown(short: str, state: State, value: Any, places: list[Place]) -> Shown:
+        value = app.payloads.ended(state.workflow, found.id, state.status, value)
+        progress = app.payloads.value(progress, Where(state.workflow, "progress", found.id))
     is_failed = state.status in ("failed", "stuck", "cancelled")
     return Shown(
-        id=short,
+        id=short_id(found.id),
         workflow=state.workflow,
         version=state.version,
         status=state.status,
         started_at=datetime.fromisoformat(state.started_at),
         finished_at=None if state.finished_at is None else datetime.fromisoformat(state.finished_at),
-        places=places,
+        places=found.places,
+        attributes=msgspec.json.decode(found.attributes),
+        progress=progress,
         output=None if is_failed else value,
         failure=value if is_failed else None,
     )
@@ -137,6 +174,10 @@ def _lines(shown: Shown) -> list[str]:
     ]
     if shown.finished_at is not None:
         lines.append(f"  finished  {moment(shown.finished_at)} ({_seconds(shown.finished_at - shown.started_at)})")
+    if shown.parent is not None:
+        lines.append(f"  child of  {shown.parent}")
+    if shown.origin is not None:
+        lines.append(f"  made of   {shown.origin}, which it replays or is a fork of")
     if shown.attributes:
         lines.append(f"  found by  {_told(shown.attributes)}")
     if shown.progress is not None:

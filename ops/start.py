@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 
 import msgspec
 
-from durable_cluster import replay_statements, schedules, schema
+from durable_cluster import log_output, replay_statements, schedules, schema
 from durable_cluster.app import App
 from durable_cluster.errors import AppError, NotInstalled
 from durable_cluster.examples.orders import northwind
 from durable_cluster.loading import load_app
 from durable_cluster.ops import install
+from durable_cluster.ops.console.beside import console_beside
 from durable_cluster.ops.running import registered
 from durable_cluster.ops.target import Database, Target
 from durable_cluster.ops.terminal import PROGRAM, BadUsage, Terminal
-from durable_cluster.settings import Settings
+from durable_cluster.settings import Settings, environment
 from durable_cluster.shards.messages import ClusterConfig
+from durable_cluster.shards.metrics_page import Address, Page, address_of
+from durable_cluster.shards.monitoring import monitored
 from durable_cluster.shards.process import resident_memory_mib
 from durable_cluster.shards.supervisor import Supervisor
 
 EXAMPLES = "durable_cluster.examples.orders.flows:app"
-LOG_FORMAT = "%(asctime)s %(processName)s %(levelname)s %(message)s"
 
 
 class Up(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,7 @@ class Up(msgspec.Struct, frozen=True, kw_only=True):
     app: str
     workflows: list[str]
     database: str
+    metrics: str | None = None
 
 
 def start(
@@ -49,15 +51,22 @@ def start(
     with_roles: bool,
     overrides: Sequence[str],
     log_level: str,
+    log_format: str | None,
+    metrics: str | None = None,
+    console: tuple[str, int] | None = None,
 ) -> int:
-    """Run a cluster here until SIGTERM, SIGINT or ``stop``."""
-    logging.basicConfig(level=log_level, format=LOG_FORMAT)
+    """Run a cluster here until SIGTERM, SIGINT or ``stop``. ``metrics``: where their page is served, else ``DURABLE_METRICS`` says;
+    ``console``: with one at that host and port.
+    """
+    form = log_output.chosen(log_format)
+    log_output.configure(log_level, form)
+    page = _page_address(metrics)
     address = EXAMPLES if app_address is None else app_address
     app = loaded(address)
     settings = overridden(app.settings, overrides)
     with registered(target.data), target.opened(app=app, is_made=True) as database:
         layout = prepare(database, shards=shards, with_roles=with_roles, is_example=address == EXAMPLES)
-        declare(terminal, app, database)
+        declare(terminal, app, database, settings)
         config = ClusterConfig(
             dsn=database.dsn,
             app=address,
@@ -65,10 +74,27 @@ def start(
             consumers_per_shard=consumers_per_shard,
             settings=settings,
             log_level=log_level,
+            log_format=form,
         )
-        Supervisor(config, on_up=lambda up: _say_up(terminal, up, app, database)).run()
+        supervisor = Supervisor(config, on_up=lambda up: _say_up(terminal, up, app, database, served))
+        with (
+            monitored(supervisor, page) as served,
+            console_beside(terminal, database, console, app_address=address, metrics=_url_of(served)),
+        ):
+            supervisor.run()
     terminal.note("the cluster has stopped")
     return 0
+
+
+def _url_of(page: Page | None) -> str | None:
+    return None if page is None else f"http://{page.address}/metrics"
+
+
+def _page_address(said: str | None) -> Address | None:
+    if said is not None:
+        return address_of(said, source="--metrics ")
+    here = environment().metrics
+    return None if here is None else address_of(here, source="DURABLE_METRICS=")
 
 
 def loaded(address: str) -> App:
@@ -119,10 +145,10 @@ def prepare(database: Database, *, shards: int | None, with_roles: bool, is_exam
         return layout
 
 
-def declare(terminal: Terminal, app: App, database: Database) -> None:
+def declare(terminal: Terminal, app: App, database: Database, settings: Settings) -> None:
     """Say which workflows there are, make the schedules what the app's code says, and tell of those that it no longer names."""
     with database.connect("start") as connection:
-        replay_statements.declare_types(connection, app.declared_types())
+        replay_statements.declare_types(connection, app.declared_types(settings))
         for name in schedules.declare(app, connection):
             terminal.note(
                 f"schedule '{name}' is no longer in the code of app '{app.name}' and goes on firing;"
@@ -130,7 +156,7 @@ def declare(terminal: Terminal, app: App, database: Database) -> None:
             )
 
 
-def _say_up(terminal: Terminal, supervisor: Supervisor, app: App, database: Database) -> None:
+def _say_up(terminal: Terminal, supervisor: Supervisor, app: App, database: Database, page: Page | None) -> None:
     children = list(supervisor.pids.values())
     up = Up(
         pid=os.getpid(),
@@ -141,12 +167,14 @@ def _say_up(terminal: Terminal, supervisor: Supervisor, app: App, database: Data
         app=supervisor.config.app,
         workflows=list(app.machines),
         database=database.name,
+        metrics=_url_of(page),
     )
     shards = "1 shard" if up.shards == 1 else f"{up.shards} shards"
     lines = [
         f"up: {shards}, {up.processes} processes, {up.connections} connections, {up.memory_mib:,.0f} MiB",
         f"  app       {up.app} ({', '.join(up.workflows)})",
         f"  database  {up.database}",
+        *([] if up.metrics is None else [f"  metrics   {up.metrics}"]),
         f"  stop      Ctrl-C, or 'durable-cluster stop' (pid {up.pid})",
     ]
     terminal.answer(up, lines)

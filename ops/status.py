@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from durable_cluster import schema
+from durable_cluster import schema, timeline_statements
 from durable_cluster.ops import lookups
 from durable_cluster.ops.lookups import Asides, Pause, ShardStatus, Total
 from durable_cluster.ops.running import running_pid
@@ -16,7 +16,10 @@ COUNTED_MAX = 100_000
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of ``status``. ``pid``: the supervisor that runs from this data directory, if one does."""
+    """The answer of ``status``. ``pid``: the supervisor that runs from this data directory, if one does.
+
+    ``history_lag_s``: how far timelines are behind; None: no type of workflow is recorded.
+    """
 
     database: str
     server_version: str
@@ -25,6 +28,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     asides: Asides
     pauses: list[Pause]
     workflows: list[Total]
+    history_lag_s: float | None = None
 
 
 def status(terminal: Terminal, target: Target) -> int:
@@ -39,6 +43,7 @@ def status(terminal: Terminal, target: Target) -> int:
             asides=lookups.asides(connection),
             pauses=lookups.pauses(connection),
             workflows=lookups.totals(connection),
+            history_lag_s=timeline_statements.history_lag(connection),
         )
     terminal.answer(found, _lines(found))
     return 0
@@ -64,6 +69,7 @@ def _lines(found: Status) -> list[str]:
         "",
         _aside(found.asides),
         *map(_paused, found.pauses),
+        *([] if found.history_lag_s is None else [f"timelines are recorded, {elapsed(found.history_lag_s)} behind"]),
         "",
         *(
             table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import random
@@ -18,12 +19,15 @@ from types import FrameType
 import psycopg
 from multiprocess.connection import Connection
 
-from durable_cluster import telemetry
+from durable_cluster import log_output, telemetry
 from durable_cluster.consumer import Consumer
 from durable_cluster.database import CONNECTION_LOST, connect_worker
 from durable_cluster.errors import ConnectionFailed, DatabaseError, DurableError
 from durable_cluster.firing import Firing
 from durable_cluster.loading import load_app
+from durable_cluster.log_output import Output
+from durable_cluster.meters import Report
+from durable_cluster.projection import Projection
 from durable_cluster.shards import maintenance, restarts
 from durable_cluster.shards.endings import EXIT_BROKEN, EXIT_CANNOT_BOOT, EXIT_FAILED
 from durable_cluster.shards.messages import (
@@ -48,6 +52,7 @@ PATIENCE_OF_BOOT = 0.5
 LOSSES_WINDOW_S = 60.0
 NEWS_OF_BEATS = 10
 PR_SET_PDEATHSIG = 1
+GENERATION = 10_000  # objects: a page of a thousand steps is one round of the collector, and not ten
 
 
 class Orders:
@@ -95,13 +100,13 @@ class Orders:
         except OSError:
             self.is_stopping = True
 
-    def beat(self, beat: Beat, *, every_s: float) -> None:
-        """As ``say``, at most once in ``every_s`` seconds; news of work begun or ended ten times as often."""
+    def beat(self, beat: Callable[[bool], Beat], is_holding: bool, *, every_s: float) -> None:
+        """Say what ``beat`` makes, at most once in ``every_s`` seconds; news of work begun or ended ten times as often."""
         now = time.monotonic()
-        is_news = beat.is_holding != self._was_holding
+        is_news = is_holding != self._was_holding
         if now - self._beat_at >= (every_s / NEWS_OF_BEATS if is_news else every_s):
-            self._beat_at, self._was_holding = now, beat.is_holding
-            self.say(beat)
+            self._beat_at, self._was_holding = now, is_holding
+            self.say(beat(is_holding))
 
     def is_pending(self) -> bool:
         """Whether the supervisor has said something that is not heard yet, or it is time to stop."""
@@ -121,7 +126,7 @@ class Orders:
 def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pid: int) -> None:
     """The target of every child: a consumer of ``shard``, or maintenance without one."""
     config = decode_config(config_bytes)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(processName)s %(levelname)s %(message)s")
+    output = log_output.configure(config.log_level, config.log_format)
     orders = Orders(pipe, config.settings.drain_grace_s)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held since before the spawn
@@ -131,7 +136,11 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
     try:
         tracing = telemetry.configure("consumer" if shard is not None else "maintenance")
         run = _booted(
-            lambda: _consumer(config, shard, orders, tracing) if shard is not None else _maintenance(config, orders),
+            lambda: (
+                _maintenance(config, orders)
+                if shard is None
+                else _consumer(config, shard, orders, tracing=tracing, output=output)
+            ),
             orders,
             limit_s=config.settings.boot_timeout_s * PATIENCE_OF_BOOT,
         )
@@ -139,11 +148,15 @@ def main(config_bytes: bytes, shard: int | None, pipe: Connection, supervisor_pi
         reason = str(error) if isinstance(error, DurableError) else f"{type(error).__name__}: {error}"
         orders.say(Broken(reason))
         sys.exit(EXIT_CANNOT_BOOT)
+    gc.freeze()  # what is loaded by now stays
+    gc.set_threshold(GENERATION)
     try:
         run()
     except Exception as error:
         logger.exception("this process cannot go on; it is started again")
         logging.shutdown()
+        if tracing is not None:
+            tracing.shutdown()
         is_of_the_database = isinstance(error, (psycopg.Error, DatabaseError))
         os._exit(EXIT_BROKEN if is_of_the_database else EXIT_FAILED)  # whatever its threads still do
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -170,14 +183,21 @@ def _dies_with(supervisor_pid: int) -> bool:
     return os.getppid() == supervisor_pid
 
 
-def _consumer(config: ClusterConfig, shard: int, orders: Orders, tracing: Tracing | None) -> Callable[[], None]:
+def _consumer(
+    config: ClusterConfig, shard: int, orders: Orders, *, tracing: Tracing | None, output: Output | None
+) -> Callable[[], None]:
     app = load_app(config.app)
     app.client.use(config.dsn)
     consumer = Consumer(config.dsn, shard, app.machines, config.settings, on_hang=end_hanging, tracing=tracing)
+    if output is not None:
+        output.follow(lambda: consumer.inline)
     orders.say(Ready(consumer.owner))
 
+    def beat(is_holding: bool) -> Beat:
+        return Beat(consumer.owner, is_holding, consumer.meters.report(spans_dropped=tracing.dropped if tracing else 0))
+
     def look() -> None:
-        orders.beat(Beat(consumer.owner, True, consumer.steps), every_s=config.settings.heartbeat_s / 2)
+        orders.beat(beat, True, every_s=config.settings.heartbeat_s / 2)
 
     Watchdog(consumer, grace_s=config.settings.hang_grace_s, on_look=look).start()
 
@@ -185,24 +205,30 @@ def _consumer(config: ClusterConfig, shard: int, orders: Orders, tracing: Tracin
         losses: list[float] = []
         while not orders.is_stopping:
             try:
-                _consume(consumer, config, orders)
+                _consume(consumer, config, orders, beat)
             except CONNECTION_LOST as error:
                 logger.warning("shard %d: the connection is lost (%s)", shard, _first_line(error))
                 losses = [*restarts.recent(losses, now=time.monotonic(), window_s=LOSSES_WINDOW_S), time.monotonic()]
                 orders.pause(restarts.pause_s(len(losses), chance=random.random()))
-                _reconnect(consumer, config, orders)
+                _reconnect(consumer, config, orders, beat)
         consumer.close(grace_s=config.settings.drain_grace_s * GRACE_OF_DETACHED)
 
-    return run
+    def run_and_tell() -> None:
+        try:
+            run()
+        finally:
+            orders.say(beat(False))  # the last of what it has counted
+
+    return run_and_tell
 
 
-def _consume(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
+def _consume(consumer: Consumer, config: ClusterConfig, orders: Orders, beat: Callable[[bool], Beat]) -> None:
     """Work and wait until told to stop."""
     every_s = config.settings.heartbeat_s / 2
     owner = consumer.owner
 
     def on_page() -> None:
-        orders.beat(Beat(consumer.owner, True, consumer.steps), every_s=every_s)
+        orders.beat(beat, True, every_s=every_s)
 
     last_work, may_have_work = time.monotonic(), True
     while not orders.is_stopping:
@@ -211,7 +237,7 @@ def _consume(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
         if may_have_work and consumer.work(orders.is_pending, on_page):
             last_work = time.monotonic()
         else:
-            orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=every_s)
+            orders.beat(beat, False, every_s=every_s)
             may_have_work = consumer.wait(time.monotonic() - last_work, orders.wakeups)
         if consumer.owner != owner:
             owner = consumer.owner
@@ -226,7 +252,7 @@ def _obey(consumer: Consumer, order: object) -> None:
         consumer.release(order.shard)
 
 
-def _reconnect(consumer: Consumer, config: ClusterConfig, orders: Orders) -> None:
+def _reconnect(consumer: Consumer, config: ClusterConfig, orders: Orders, beat: Callable[[bool], Beat]) -> None:
     """A new connection for the same incarnation, however long that takes: what runs detached goes on meanwhile."""
     pause_s = RECONNECT_S_MIN
     while not orders.is_stopping:
@@ -235,7 +261,7 @@ def _reconnect(consumer: Consumer, config: ClusterConfig, orders: Orders) -> Non
             logger.warning("shard %d: connected again", consumer.home)
             return
         except (ConnectionFailed, *CONNECTION_LOST):
-            orders.beat(Beat(consumer.owner, False, consumer.steps), every_s=config.settings.heartbeat_s / 2)
+            orders.beat(beat, False, every_s=config.settings.heartbeat_s / 2)
             orders.pause(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(RECONNECT_S_MAX, pause_s * 2)
 
@@ -244,25 +270,29 @@ def _maintenance(config: ClusterConfig, orders: Orders) -> Callable[[], None]:
     connection = connect_worker(config.dsn, name="durable-cluster maintenance", settings=config.settings)
     orders.say(Ready(0))
 
+    def beat(is_holding: bool) -> Beat:
+        return Beat(0, is_holding, Report(cpu_s=time.process_time()))
+
     def run() -> None:
         current = connection
-        firing = Firing()
+        firing, projection = Firing(), Projection()
         upkeep_at = 0.0
         while not orders.is_stopping:
             try:
                 if current.closed:
                     current = connect_worker(config.dsn, name="durable-cluster maintenance", settings=config.settings)
                 firing.tend(current)
+                projection.tend(current)
                 if time.monotonic() >= upkeep_at:
                     maintenance.run_once(current, config.settings, between=firing.tend)
                     upkeep_at = time.monotonic() + config.settings.maintenance_s * random.uniform(0.8, 1.2)
-                pause_s = min(firing.rest_s, max(0.0, upkeep_at - time.monotonic()))
+                pause_s = min(firing.rest_s, projection.rest_s, max(0.0, upkeep_at - time.monotonic()))
             except (ConnectionFailed, *CONNECTION_LOST) as error:
                 logger.info("maintenance: %s; trying again", _first_line(error))
                 if current.broken:
                     current.close()
                 pause_s = RECONNECT_S_MAX * random.uniform(0.2, 0.4)
-            orders.beat(Beat(0, False, 0), every_s=config.settings.heartbeat_s)
+            orders.beat(beat, False, every_s=config.settings.heartbeat_s)
             orders.pause(pause_s)
             orders.heard()
         current.close()

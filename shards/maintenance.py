@@ -24,11 +24,17 @@ Connection = psycopg.Connection[Any]
 
 def duties(settings: Settings) -> list[tuple[str, Callable[[Connection], bool], Callable[[Connection], int]]]:
     """What each is called, the read that finds it due, and the call that does it."""
-    days = settings.retention_days
+    days, lag_s = settings.retention_days, settings.history_lag_max_s
     return [
         ("partitions", upkeep.needs_partitions, upkeep.add_partitions),
-        ("rotation", upkeep.needs_upkeep, upkeep.keep_up),
+        (
+            "late timelines",
+            partial(upkeep.is_timeline_late, lag_s=lag_s),
+            partial(upkeep.skip_timelines, lag_s=lag_s),
+        ),
+        ("rotation", upkeep.needs_upkeep, partial(upkeep.keep_up, lag_s=lag_s)),
         ("timers", upkeep.needs_timer_rotation, upkeep.rotate_timers),
+        ("chunks", upkeep.needs_spill_rotation, upkeep.rotate_spill),
         ("members", upkeep.has_dead_members, upkeep.sweep_members),
         ("cancels", upkeep.has_ended_cancels, upkeep.sweep_cancels),
         ("limits", upkeep.has_unused_limits, upkeep.sweep_limits),
@@ -36,6 +42,11 @@ def duties(settings: Settings) -> list[tuple[str, Callable[[Connection], bool], 
             "audit",
             partial(upkeep.needs_audit_upkeep, days=settings.audit_days),
             partial(upkeep.keep_audit, days=settings.audit_days),
+        ),
+        (
+            "timeline",
+            partial(upkeep.needs_timeline_upkeep, days=days),
+            partial(upkeep.keep_timeline, days=days),
         ),
         ("retention", partial(upkeep.needs_expiry, days=days), partial(upkeep.expire, days=days)),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from durable_cluster.meters import Report
 from durable_cluster.settings import Settings
 
 
@@ -16,6 +17,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     consumers_per_shard: int
     settings: Settings
     log_level: str = "WARNING"
+    log_format: str = "plain"
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -25,11 +27,11 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
-    """A child lives; whether it holds a window, and how many steps it has run."""
+    """A child lives; whether it holds a window, and what it has counted."""
 
     owner: int
     is_holding: bool
-    steps: int
+    report: Report
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):

@@ -106,13 +106,16 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def resident_bytes(pid: int) -> int:
+    """The resident memory of a process; 0 where it has none any more, or the system does not say (Linux does)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:")), 0)
+
+
 def resident_memory_mib(pids: list[int]) -> float:
     """The sum of the processes' resident memory, in MiB (Linux; elsewhere this process's peak)."""
-    total_kib = 0
-    for pid in pids:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
-        except OSError:
-            continue
-        total_kib += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")), 0)
-    return (total_kib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
+    total = sum(map(resident_bytes, pids))
+    return (total or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / (1 << 20)

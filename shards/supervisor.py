@@ -31,7 +31,9 @@ from durable_cluster.database import CONNECTION_LOST, connect_worker
 from durable_cluster.errors import ConnectionFailed, DurableError
 from durable_cluster.shards import child, endings, restarts
 from durable_cluster.shards.messages import Adopt, Beat, Broken, ClusterConfig, Ready, Release, encode
+from durable_cluster.shards.place import Place
 from durable_cluster.shards.process import Child
+from durable_cluster.shards.systemd import Notifier
 
 logger = logging.getLogger("durable_cluster.supervisor")
 
@@ -45,51 +47,27 @@ class ClusterStopped(DurableError):
     """The supervisor gave up: a child cannot boot, or dies too often."""
 
 
-class Place:
-    """A child that should be there: a consumer of a shard, or maintenance."""
-
-    def __init__(self, name: str, shard: int | None) -> None:
-        self.name = name
-        self.shard = shard
-        self.child: Child | None = None
-        self.is_ready = False
-        self.is_holding = False
-        self.owners: list[int] = []
-        self.steps = 0
-        self.start_at = 0.0
-        self.heard_at = 0.0
-        self.deaths: list[float] = []
-        self.adopted: list[int] = []
-        self.released: set[int] = set()
-        self.is_hanging = False
-        self.is_stood_in_for = False
-
-    @property
-    def is_up(self) -> bool:
-        """Whether its child runs and has said so."""
-        return self.child is not None and self.is_ready
-
-
 class Supervisor:
     """Keeps a cluster's processes alive until it is told to stop."""
 
     def __init__(self, config: ClusterConfig, *, on_up: Callable[[Supervisor], None] | None = None) -> None:
         self.config = config
-        self.restarts = 0
         self._settings = config.settings
         self._config_bytes = encode(config)
         self._context = multiprocess.get_context("spawn")
         self._connection = connect_worker(config.dsn, name="durable-cluster supervisor", settings=config.settings)
         schema.demand_installed(self._connection, shards=config.shards)
-        self._places = [
+        self.places = [
             Place(f"shard-{shard}" if config.consumers_per_shard == 1 else f"shard-{shard}.{number}", shard)
             for shard in range(config.shards)
             for number in range(config.consumers_per_shard)
         ]
-        self._places.append(Place("maintenance", None))
+        self.places.append(Place("maintenance", None))
         self._to_abandon: list[tuple[int, int]] = []
         self._out_of_memory_kills = endings.out_of_memory_kills()
         self._on_up = on_up
+        self._notifier = Notifier()
+        self._has_been_up = False
         self._signals = 0
         self._deadline: float | None = None
         self._checked_at = time.monotonic()
@@ -97,15 +75,26 @@ class Supervisor:
         self._reconnect_at = 0.0
 
     @property
+    def restarts(self) -> int:
+        """How many children ended unasked and were, or will be, started again."""
+        return sum(place.restarts for place in self.places)
+
+    @property
+    def unread(self) -> list[int]:
+        """The shards that no process of this cluster reads at this moment: all, before it is up and once it drains."""
+        read = {shard for place in self.places for shard in place.reads} if not self._signals else set()
+        return [shard for shard in range(self.config.shards) if shard not in read]
+
+    @property
     def pids(self) -> dict[str, int]:
         """The process id of each living child by its name."""
-        return {place.name: place.child.pid for place in self._places if place.child is not None}
+        return {place.name: place.child.pid for place in self.places if place.child is not None}
 
     @property
     def owners(self) -> dict[int, list[int]]:
         """The incarnations of each living consumer, by its process id: under which it may hold windows."""
         return {
-            place.child.pid: list(place.owners) for place in self._places if place.child is not None and place.owners
+            place.child.pid: list(place.owners) for place in self.places if place.child is not None and place.owners
         }
 
     def stop(self) -> None:
@@ -143,6 +132,7 @@ class Supervisor:
 
     def _act(self) -> None:
         now = time.monotonic()
+        self._notifier.alive(now)
         if self._signals:
             self._drain(now)
         else:
@@ -153,14 +143,14 @@ class Supervisor:
 
     def _listen(self) -> None:
         waitables: list[object] = [self._wakeup_read]
-        for place in self._places:
+        for place in self.places:
             if place.child is not None:
                 waitables += place.child.waitables
-        due = [place.start_at - time.monotonic() for place in self._places if place.child is None and not self._signals]
+        due = [place.start_at - time.monotonic() for place in self.places if place.child is None and not self._signals]
         wait(waitables, timeout=max(0.0, min([LOOP_S_MAX, *due])))
         with contextlib.suppress(BlockingIOError):
             self._wakeup_read.recv(64)
-        for place in self._places:
+        for place in self.places:
             if place.child is not None:
                 has_ended = place.child.exitcode is not None  # asked first: what it said before it ended is heard
                 self._hear(place)
@@ -168,14 +158,15 @@ class Supervisor:
                     self._reap(place)
 
     def _is_over(self) -> bool:
-        return bool(self._signals) and all(place.child is None for place in self._places)
+        return bool(self._signals) and all(place.child is None for place in self.places)
 
     # Starting and hearing.
 
     def _start_due(self, now: float) -> None:
-        for place in self._places:
+        for place in self.places:
             if place.child is None and place.start_at <= now:
                 place.child = Child(self._context, child.main, self._config_bytes, name=place.name, shard=place.shard)
+                place.pid = place.child.pid
                 place.is_ready = place.is_holding = place.is_hanging = place.is_stood_in_for = False
                 place.heard_at = now
 
@@ -189,7 +180,7 @@ class Supervisor:
             if isinstance(message, Ready):
                 self._is_up(place, message.owner)
             elif isinstance(message, Beat):
-                place.is_holding, place.steps = message.is_holding, message.steps
+                place.is_holding, place.told = message.is_holding, place.told.heard(message.report)
                 # Its Ready was never said if it lost its connection right after it had come back under new bits.
                 if message.owner and message.owner not in place.owners:
                     place.owners.append(message.owner)
@@ -204,13 +195,15 @@ class Supervisor:
             place.owners.append(owner)
         place.is_ready = True
         self._release(place)
-        if self._on_up is not None and all(one.is_ready for one in self._places):
-            said, self._on_up = self._on_up, None
-            said(self)
+        if not self._has_been_up and all(one.is_ready for one in self.places):
+            self._has_been_up = True
+            self._notifier.up(f"{self.config.shards} shards, {len(self.places) + 1} processes")
+            if self._on_up is not None:
+                self._on_up(self)
 
     def _release(self, place: Place) -> None:
         """The shard of this place has its own consumer again."""
-        for sibling in self._places:
+        for sibling in self.places:
             if sibling is not place and place.shard in sibling.adopted and sibling.child is not None:
                 assert place.shard is not None
                 sibling.adopted.remove(place.shard)
@@ -223,7 +216,8 @@ class Supervisor:
         assert place.child is not None
         code = place.child.exitcode
         place.child.reap()
-        place.child, was_ready = None, place.is_ready
+        place.child, place.pid, was_ready = None, None, place.is_ready
+        place.told = place.told.ended()
         place.is_ready = place.is_holding = False
         is_at_fault = self._is_of_its_own(place, code)
         self._abandon(place, is_at_fault=is_at_fault)
@@ -239,7 +233,7 @@ class Supervisor:
                 f"{place.name} died {len(place.deaths)} times in {self._settings.restart_window_s:.0f} s"
                 f" (last: {endings.told(code)})"
             )
-        self.restarts += 1
+        place.restarts += 1
         pause_s = restarts.pause_s(len(place.deaths), chance=random.random())
         place.start_at = now + (pause_s if is_at_fault else min(pause_s, OUTSIDE_PAUSE_S_MAX))
         logger.warning("%s ended (%s); started again in %.1f s", place.name, endings.told(code), place.start_at - now)
@@ -272,7 +266,7 @@ class Supervisor:
         consumer.
         """
         living = [
-            place for place in self._places if place.is_up and place.shard is not None and not place.is_stood_in_for
+            place for place in self.places if place.is_up and place.shard is not None and not place.is_stood_in_for
         ]
         if not living:
             return
@@ -295,7 +289,7 @@ class Supervisor:
 
     def _check_hangs(self, now: float) -> None:
         passed_s, self._checked_at = now - self._checked_at, now
-        for place in self._places:
+        for place in self.places:
             if place.child is None or place.child.exitcode is not None:
                 continue
             if passed_s > STOPPED_S:
@@ -312,9 +306,10 @@ class Supervisor:
                 place.heard_at = float("inf")
 
     def _drain(self, now: float) -> None:
-        living = [place.child for place in self._places if place.child is not None]
+        living = [place.child for place in self.places if place.child is not None]
         if self._deadline is None:
             self._deadline = now + self._settings.drain_grace_s
+            self._notifier.stopping()
             for one in living:
                 one.drain()
         elif now > self._deadline or self._signals > 1:
@@ -322,11 +317,11 @@ class Supervisor:
                 one.kill()
 
     def _kill_all(self) -> None:
-        for place in self._places:
+        for place in self.places:
             if place.child is not None:
                 place.child.kill()
                 place.child.reap()
-                place.child = None
+                place.child = place.pid = None
                 self._abandon(place, is_at_fault=False)
 
     # The database.
@@ -336,7 +331,7 @@ class Supervisor:
             return
         self._heartbeat_at = now + self._settings.dead_interval_s / 4
         living: list[int] = []
-        for place in self._places:
+        for place in self.places:
             if place.child is not None and place.child.is_frozen:
                 self._stand_in_for(place, now)
             elif place.child is not None:
@@ -350,7 +345,7 @@ class Supervisor:
         if not place.is_stood_in_for:
             logger.warning("%s is stopped (SIGSTOP): siblings read its shards", place.name)
         place.is_stood_in_for = True
-        read = {shard for other in self._places if other.is_up for shard in other.adopted if other is not place}
+        read = {shard for other in self.places if other.is_up for shard in other.adopted if other is not place}
         for shard in {place.shard, *place.adopted} - read:
             self._find_adopter(shard)
 

@@ -1,4 +1,4 @@
-"""A thread beside a consumer: says that the process lives while a long step keeps the consumer busy, and ends it when one hangs."""
+"""A thread beside a consumer: sees which step runs, says that the process lives while a long one does, ends it when one hangs."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Watchdog(threading.Thread):
             # Time through which this process did not live, because somebody had stopped it, is no hang.
             passed, looked_at = min(now - looked_at, LOOK_S_MAX), now
             task = self._consumer.inline
+            self._consumer.meters.look(task)
             if task is not None:
                 self._on_look()
             if task is None or task is not seen:

@@ -6,14 +6,16 @@ from importlib.resources import files
 
 MIGRATIONS = (
     *("001_engine", "002_durable", "003_survival", "004_waits"),
-    *("005_coordination", "006_schedules", "007_search", "008_linear", "010_replay"),
+    *("005_coordination", "006_schedules", "007_search", "008_linear", "009_values", "010_replay"),
+    *("011_timeline", "012_traceparent"),
 )
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (
-    *("clock", "shards", "audit", "lifecycle", "pages", "claim", "commit", "takeover"),
+    *("clock", "shards", "audit", "lifecycle", "pages", "claim", "commit", "spill", "takeover"),
     *("timers", "detached", "history", "dead_letters", "signals", "pause", "priority", "limits", "cancel", "joins"),
     *("attributes", "progress", "schedules", "schedule_runs"),
-    *("maintain", "retention", "views", "search", "replay", "fork", "grants"),
+    *("maintain", "retention", "views", "search", "waiting", "processes", "costs", "console", "timeline", "figures"),
+    *("replay", "fork", "grants"),
 )
 TESTING = ("clock",)
 """What the testing kit installs besides, in databases of its own."""

@@ -21,12 +21,29 @@ from durable_cluster.testing.server import server_in_memory
 
 SHARDS = 2
 TEMPLATE = "durable_template"
+E2E = frozenset(
+    f"test_{name}"
+    for name in (
+        *("bench", "cli_local", "console_browser", "console_schemathesis", "crash_points", "deploy", "embedded"),
+        *("examples", "hotpath", "idle", "linear_crashes", "locust", "lost_connections", "memory", "monitoring"),
+        *("orders", "reload", "telemetry_chaos", "typing"),
+    )
+)
+"""Modules that start programs, servers or browsers of their own, seconds a test: ``make test`` leaves them to ``make e2e``."""
 
 
 def pytest_configure() -> None:
     """A shell that runs this in the background has had it ignore Ctrl-C, and all that it starts: some tests send that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before pytest picks by markers."""
+    for item in items:
+        if item.path.stem in E2E:
+            item.add_marker("e2e")
 
 
 @pytest.fixture(scope="session")

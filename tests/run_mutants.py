@@ -27,6 +27,7 @@ ROOMS = ("shards", "sql", "ops", "examples", "loadtest")
 COPIED = ("cluster", *ROOMS, "tests", "pyproject.toml", "README.md", "docs")
 AT_ONCE = 2
 TIMEOUT_S = 300
+TIMEOUT_OF_ALL_S = 3_600  # all of those tests, one after the other
 SCHEDULES = "100"  # of each race, so that chance spares no mutant
 ALL_FAILED, NOTHING_FAILED = 1, 0  # pytest's exit codes: some tests failed, all passed
 
@@ -99,16 +100,18 @@ def copy_of_the_repository() -> Iterator[tuple[Path, dict[str, str]]]:
         yield repo, environment
 
 
-def run_tests(repo: Path, environment: dict[str, str], tests: Sequence[str]) -> tuple[int, str, str]:
+def run_tests(
+    repo: Path, environment: dict[str, str], tests: Sequence[str], *, timeout_s: float = TIMEOUT_S
+) -> tuple[int, str, str]:
     """pytest's exit code, its last line, and all it said."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
     command += ["--tb=line", "-q", *tests]
     try:
         done = subprocess.run(
-            command, cwd=repo, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+            command, cwd=repo, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
         )
     except subprocess.TimeoutExpired:
-        return -1, f"still running after {TIMEOUT_S} s", ""
+        return -1, f"still running after {timeout_s:g} s", ""
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     return done.returncode, lines[-1].strip("= ") if lines else "no summary", done.stdout + done.stderr
 
@@ -159,7 +162,7 @@ def main(names: Sequence[str]) -> int:
     with server():
         with copy_of_the_repository() as (repo, environment):
             tests = sorted({test for mutant in mutants for test in mutant.tests})
-            code, summary, said = run_tests(repo, environment, tests)
+            code, summary, said = run_tests(repo, environment, tests, timeout_s=TIMEOUT_OF_ALL_S)
         print(f"unmutated: {summary}", flush=True)
         if code != NOTHING_FAILED:
             print(said)

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from durable_cluster import App, Context, Continuation, Retry, Settings, WorkflowStuck, statements
+from durable_cluster import App, Context, Continuation, Retry, Settings, WorkflowStuck, patience, statements
 from durable_cluster.consumer import Consumer
 
 Eventually = Callable[..., None]
@@ -82,6 +82,13 @@ def detached(conn: psycopg.Connection) -> int:
     return conn.execute("select count(*) from durable.detached").fetchone()[0]
 
 
+def inserted(conn: psycopg.Connection) -> int:
+    conn.execute("select pg_stat_clear_snapshot()")
+    return conn.execute(
+        "select n_tup_ins from pg_stat_user_tables where relid = 'durable.detached'::regclass"
+    ).fetchone()[0]
+
+
 def until(consumer: Consumer, condition: Callable[[], object], *, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -116,6 +123,64 @@ def test_a_fast_async_step_stays_in_its_page(
     consumer.work(lambda: False, lambda: None)
     assert handle.result(timeout=1) == "a"
     assert conn.execute("select count(*) from durable.lease").fetchone() == (0,)
+
+
+def test_a_page_begins_no_more_steps_than_ended_in_time_before(
+    dsn: str, conn: psycopg.Connection, consume: Callable[[App], Consumer], eventually: Eventually
+) -> None:
+    app = App("crowded", dsn=dsn, settings=Settings(page_window_ms=1_000))
+    machine = app.machine("crowd", state=int)
+
+    @machine.step(start=True)
+    async def gets_through(ctx: Context, n: int) -> Continuation:
+        RUNS["begun"] += 1
+        while RUNS["through"] == 100 and not GATE.is_set():
+            await asyncio.sleep(0.002)
+        RUNS["through"] += 1
+        return ctx.done(n)
+
+    begun: list[int] = []
+
+    def on_page() -> None:
+        begun.append(RUNS["begun"])
+        if begun[-1]:
+            GATE.set()
+
+    handles = machine.start_many(range(600))
+    consumer = consume(app)
+
+    def has_begun_all() -> bool:
+        consumer.work(lambda: False, on_page)
+        return RUNS["begun"] == 600
+
+    eventually(has_begun_all, seconds=30)
+    until(consumer, lambda: all(handle.status() == "completed" for handle in handles))
+    assert begun[1:3] == [128, 228], "of the first 128 only a hundred ended while their page waited"
+    consumer.close()
+    eventually(lambda: inserted(conn) == 28, what="the others left it, and nobody after them")
+
+
+@pytest.mark.parametrize(("pause_s", "rows"), [(0.0, 1), (3_600.0, 2)])
+def test_steps_of_a_slow_kind_are_waited_for_again_after_a_while(
+    dsn: str,
+    conn: psycopg.Connection,
+    consume: Callable[[App], Consumer],
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    pause_s: float,
+    rows: int,
+) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", pause_s)
+    app = gated(dsn)
+    consumer = consume(app)
+    slow = app.named("slow").start("a")
+    until(consumer, lambda: detached(conn) == 1)
+    GATE.set()
+    until(consumer, lambda: slow.status() == "completed")
+    quick = app.named("slow").start("b")
+    until(consumer, lambda: quick.status() == "completed")
+    consumer.close()
+    eventually(lambda: inserted(conn) == rows, what="a step that is not waited for costs a row")
 
 
 def test_the_steps_of_a_dead_process_are_run_by_another_with_the_progress_of_the_first(
@@ -330,7 +395,7 @@ def test_a_page_is_read_about_as_long_as_it_runs(dsn: str, consume: Callable[[Ap
         reader._fit_pages(begun, read)
         return reader._limits["lines_max"]
 
-    assert [lines_after(500, 1_000), lines_after(200, 1_000), lines_after(1, 400)] == [1_000, 400, 16]
+    assert [lines_after(500, 1_000), lines_after(200, 1_000), lines_after(1, 400)] == [1_000, 800, 16]
     assert [lines_after(15, 15), lines_after(16, 16), lines_after(32, 32)] == [16, 32, 64]
     assert [lines_after(64, 64)] + [lines_after(n, n) for n in (128, 256, 512, 1_000)] == [128, 256, 512, 1_000, 1_000]
 

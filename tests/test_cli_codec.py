@@ -43,7 +43,7 @@ def end(ctx: Context, order: dict) -> Continuation:
     return ctx.done([order, ctx.signal.payload])
 """
 APP = ("--app", "flows_with_a_codec:app")
-CODED = "is coded; --app module:app reads it"
+CODED = "is coded: --app module:app names the App whose codec reads it"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import msgspec
@@ -24,14 +25,18 @@ def test_start_alone_runs_the_examples_on_a_local_database_that_keeps_its_data(t
             [*COMMAND, *words], cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=90
         )
 
-    starting = [*COMMAND, "start", "--shards", "1"]
+    starting = [*COMMAND, "start", "--shards", "1", "--metrics", "0"]
     with subprocess.Popen(starting, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE) as cluster:
         assert cluster.stdout is not None
-        up = [cluster.stdout.readline() for _ in range(4)]
+        up = [cluster.stdout.readline() for _ in range(5)]
         assert re.match(r"up: 1 shards?, 3 processes, 3 connections, \d+ MiB", up[0])
         assert "(order, restock)" in up[1]
         assert "local Postgres in .durable" in up[2]
-        assert f"(pid {cluster.pid})" in up[3]
+        page = re.search(r"http://127\.0\.0\.1:[0-9]+/metrics", up[3])
+        assert f"(pid {cluster.pid})" in up[4]
+        assert page is not None
+        with urllib.request.urlopen(page[0], timeout=5) as answer:
+            assert b'durable_processes{role="consumer"} 1.0' in answer.read()
 
         done = ask("run", "restock", "--input", '{"product_id": 1, "delivery": 0}', "--wait", "--json")
         assert msgspec.json.decode(done.stdout)["status"] == "completed", done.stderr

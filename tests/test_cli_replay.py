@@ -124,6 +124,15 @@ def test_of_one_that_has_ended_the_new_id_is_the_answer(say: Say, app: App) -> N
     assert {one["origin"] for one in say("list", "--origin", first.id[:12], "--json").json} == {first.id[:12]}
 
 
+def test_show_says_what_a_workflow_was_made_of(say: Say, app: App) -> None:
+    (first,) = ended(app, 1)
+    made = say("replay", first.id[:12]).out.strip()
+    assert f"  made of   {first.id[:12]}, which it replays or is a fork of\n" in say("show", made).out
+    assert say("show", made, "--json").json["origin"] == first.id[:12]
+    assert "made of" not in say("show", first.id).out
+    assert say("show", first.id, "--json").json["origin"] is None
+
+
 def test_one_that_goes_on_by_itself_is_refused_with_what_to_do(say: Say, app: App) -> None:
     handle = app.named("waiter").start(1)
     app.run(until_idle=True)

@@ -165,10 +165,10 @@ def test_a_start_tells_what_the_code_no_longer_declares(dsn: str, capsys: pytest
 
     app.schedule("nightly", "0 3 * * *", "report")
     with Target(dsn, None).opened(app=app) as database:
-        declare(Terminal(), app, database)
+        declare(Terminal(), app, database, app.settings)
         assert capsys.readouterr().err == ""
         app.declared.clear()
-        declare(Terminal(), app, database)
+        declare(Terminal(), app, database, app.settings)
     told = capsys.readouterr().err
     assert "schedule 'nightly' is no longer in the code of app 'reports' and goes on firing" in told
     assert "durable-cluster schedules delete nightly" in told

@@ -160,8 +160,9 @@ def passes_the_environment_on(module: str) -> bool:
     return all(re.search(r"env=|\*\*os\.environ|dict\(os\.environ\)|os\.environ\.copy\(\)", use) for use in uses)
 
 
-def test_one_module_imports_opentelemetry() -> None:
-    assert {module for module in SOURCES if "opentelemetry" in outside_imports(module)} == {f"{PACKAGE}.telemetry"}
+def test_three_modules_import_opentelemetry() -> None:
+    users = {module for module in SOURCES if "opentelemetry" in outside_imports(module)}
+    assert users == {f"{PACKAGE}.{module}" for module in ("telemetry", "spans", "span_export", "metric_export")}
 
 
 def test_one_module_works_out_due_times() -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
 
-from durable_cluster import App, Context, Retry, Settings, executor, gather, loop, sleep
+from durable_cluster import App, Context, Retry, Settings, executor, gather, loop, recorded, scope, sleep
 from durable_cluster import random as recorded_random
+from durable_cluster.chunks import Chunks
 from durable_cluster.envelope import Envelope, decode_line, encode_line
 from durable_cluster.executor import Later, Task
+from durable_cluster.memo import Spilled
+from durable_cluster.notes import Noted
 from durable_cluster.statements import Outcome
 
 SEED = int(os.environ.get("DURABLE_TEST_SEED", "0")) or random.randrange(1, 2**31)
@@ -25,12 +30,40 @@ class Died(KeyboardInterrupt):
     """The process, at this line."""
 
 
+class Store:
+    """``durable.spill`` of one workflow, in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[Spilled] = []
+
+    def write(self, rows: Sequence[Spilled]) -> None:
+        assert all("\n" not in row.text for row in rows)
+        self.rows += rows
+
+    def counting(self, before: int) -> list[Spilled]:
+        """Of the rows before that one, those that no newer one replaces, the last chunk first."""
+        found: list[Spilled] = []
+        for row in reversed(self.rows[:before]):
+            if not found or row.number < found[-1].number:
+                found.append(row)
+        return found
+
+    def chunks(self, ref: int) -> list[tuple[int, str]]:
+        ends = [index + 1 for index, row in enumerate(self.rows) if row.ref == ref]
+        return [(row.ref, row.text) for row in reversed(self.counting(ends[-1])) if row.text] if ends else []
+
+    def rotate(self) -> None:
+        self.rows = self.counting(len(self.rows))[::-1]
+
+
 class World:
     """One workflow, from event to event; its process dies now and then, and all is gone but what was committed or reported."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
         self.app = App("crashes", dsn="nowhere", settings=Settings(run_ahead_ms=self.dice.choice([0, 10])))
+        self.store = Store()
+        self.chunks = 0
         self.deaths = 0
         self.drawn: list[float] = []
         app = self.app
@@ -75,17 +108,37 @@ class World:
             await sleep("1h")
             assert order == ended, "entered anew, the branches ended in another order"
             self.drawn.append(chance)
+            at_once = await gather(slowly(300), spun(), slowly(301))
+            await sleep("1h")
             total = 0
             async for turn in loop([0, 0]):
+                assert await scope(think, turn.number) == 3 * turn.number
                 turn.state = await quick(turn.state[0] + 1, total)
                 if turn.state[0] == 5:
                     break
-            return [before, wide, turn.state]
+            return [before, wide, turn.state, at_once]
+
+        async def think(number: int) -> int:
+            return sum([(await fetch(200 + n, number))[1] for n in range(3)])
+
+        async def slowly(number: int) -> int:
+            return sum([(await fetch(number, n))[1] for n in range(8)])
+
+        async def spun() -> int:
+            async for turn in loop(0):
+                turn.state += await scope(think, turn.number)
+                if turn.number == 3:
+                    return turn.state
+            raise AssertionError
 
         self.flow = flow
 
     def lives(self) -> Outcome:
         """Until the end of the workflow."""
+        with patch.object(Chunks, "read", lambda _, ref: self.store.chunks(ref)):
+            return self._lives()
+
+    def _lives(self) -> Outcome:
         envelope = Envelope("ab" * 16, 1, "flow", "workflow.start", 1, msgspec.Raw(b"1"))
         while True:
             task = executor.resolve(self.app.machines, envelope, limit_s=1)
@@ -101,6 +154,15 @@ class World:
                 said = context.said if self.dice.random() < 0.7 else envelope.progress
                 envelope = msgspec.structs.replace(envelope, progress=_plain(said))
                 continue
+            if self.dice.random() < 0.05:
+                self.deaths += 1  # after the step, before the commit: here the function is still kept
+                continue
+            if isinstance(result, Noted):
+                self.store.write(result.notes.spilled)
+                self.chunks += len(result.notes.spilled)
+                result = result.result
+            if self.dice.random() < 0.2:
+                self.store.rotate()
             if isinstance(result, Outcome):
                 return result
             assert isinstance(result, Envelope | Later), result
@@ -115,19 +177,25 @@ def _plain(said: Any) -> Any:
 
 def expected() -> list[Any]:
     wide = [[[number, n] for n in range(1 + number % 3)] for number in range(WIDTH)]
-    return [[100, 0], wide, [5, 0]]
+    return [[100, 0], wide, [5, 0], [28, 18, 28]]
 
 
-def test_a_wide_gather_never_mixes_its_results_whatever_ends_first_and_whenever_the_process_dies() -> None:
-    deaths = 0
+@pytest.mark.parametrize("inline", [recorded.INLINE_BYTES_MAX, 60, 20])
+def test_a_wide_gather_never_mixes_its_results_whatever_ends_first_and_whenever_the_process_dies(
+    inline: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "INLINE_BYTES_MAX", inline)
+    deaths = chunks = 0
     for seed in range(SEED, SEED + SEEDS):
         world = World(seed)
         outcome = world.lives()
         assert (outcome.status, msgspec.json.decode(outcome.output)) == ("completed", expected()), f"seed {seed}"
         assert len(set(world.drawn)) == 1, f"seed {seed}: what was recorded was drawn again"
         deaths += world.deaths
-    print(f"seed {SEED}: {SEEDS} runs, {deaths} deaths")
+        chunks += world.chunks
+    print(f"seed {SEED}: {SEEDS} runs, {deaths} deaths, {chunks} chunks")
     assert deaths > SEEDS, "too few deaths to mean anything"
+    assert (chunks > 2 * SEEDS) == (inline < 1_000), "too few chunks to mean anything"
 
 
 def test_a_function_whose_page_was_lost_is_not_taken_up_again() -> None:
@@ -157,6 +225,45 @@ def test_a_function_whose_page_was_lost_is_not_taken_up_again() -> None:
     end = handed_on(committed)
     assert isinstance(end, Outcome), end
     assert end.output == "2"
+
+
+def test_what_another_process_made_of_a_lost_page_is_told_apart_also_where_the_states_do_not_carry_it() -> None:
+    store = Store()
+
+    def process(answer: str) -> App:
+        app = App("crashes", dsn="nowhere", settings=Settings(run_ahead_ms=0))
+
+        @app.step
+        def ask() -> str:
+            return answer * 5_000
+
+        @app.step
+        def nothing() -> None: ...
+
+        @app.workflow
+        async def flow() -> str:
+            found = await ask()
+            await nothing()
+            return found[0]
+
+        return app
+
+    def handed_on(app: App, envelope: Envelope, *, is_committed: bool = True) -> Any:
+        task = executor.resolve(app.machines, envelope, limit_s=1)
+        assert isinstance(task, Task)
+        result = executor.run(task, executor.context_of(task))
+        if isinstance(result, Noted):
+            store.write(result.notes.spilled if is_committed else ())
+            return result.result
+        return result
+
+    one, another = process("1"), process("2")
+    asked = handed_on(one, Envelope("ab" * 16, 1, "flow", "workflow.start", 1, msgspec.Raw(b"null")))
+    handed_on(one, asked, is_committed=False)
+    committed = handed_on(another, asked)
+    with patch.object(Chunks, "read", lambda _, ref: store.chunks(ref)):
+        end = handed_on(one, committed)
+    assert (type(end), end.output) == (Outcome, '"2"')
 
 
 @pytest.mark.slow

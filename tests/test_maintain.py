@@ -23,6 +23,7 @@ NOTHING = {
     "queued_runs": 0,
     "rotated": 0,
     "timers_carried": 0,
+    "chunks_carried": 0,
     "partitions": 0,
     "forgotten": 0,
     "days_dropped": 0,

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from days import on_day
 from psycopg.errors import LockNotAvailable
 
 from durable_cluster import (
@@ -33,6 +34,12 @@ END = (
     " values (%(id)s, durable.day_of(%(id)s), 'completed', '7', durable.now()) on conflict do nothing"
 )
 """The end of a workflow as a page's commit writes it."""
+
+
+@pytest.fixture(autouse=True)
+def today(conn: Connection) -> None:
+    """No test meets a midnight."""
+    on_day(conn, 0)
 
 
 @pytest.fixture
@@ -66,14 +73,6 @@ def one(conn: Connection, query: str, *arguments: object) -> Any:
     row = conn.execute(query.encode(), arguments or None).fetchone()
     assert row is not None
     return row[0]
-
-
-def on_day(conn: Connection, days: int) -> None:
-    """So many days from now, in this test's database."""
-    conn.execute(
-        "create or replace function durable.now() returns timestamptz language sql volatile"
-        f" as $$ select clock_timestamp() + interval '{24 * days} hours' $$"
-    )
 
 
 def days_kept(conn: Connection) -> list[int]:

@@ -7,19 +7,16 @@ import re
 import secrets
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from receiver import Receiver, receiving
 
 from durable_cluster import App, ConfigurationError, Context, Continuation, Retry, telemetry
 from durable_cluster.settings import environment
@@ -48,40 +45,10 @@ app.close()
 """
 
 
-class Receiver(ThreadingHTTPServer):
-    """An OTLP/HTTP endpoint that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        super().__init__(("127.0.0.1", 0), Take)
-
-    @property
-    def spans(self) -> list[Span]:
-        requests = [ExportTraceServiceRequest.FromString(body) for body in self.bodies]
-        scopes = [
-            scope for request in requests for resource in request.resource_spans for scope in resource.scope_spans
-        ]
-        return [span for scope in scopes for span in scope.spans]
-
-
-class Take(BaseHTTPRequestHandler):
-    server: Receiver
-
-    def do_POST(self) -> None:
-        self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        return
-
-
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    with Receiver() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with receiving() as server:
         yield server
-        server.shutdown()
 
 
 def test_a_page_is_a_span_linked_to_its_sampled_workflows_and_no_whole_id_leaves(
@@ -89,11 +56,10 @@ def test_a_page_is_a_span_linked_to_its_sampled_workflows_and_no_whole_id_leaves
 ) -> None:
     program = tmp_path / "traced.py"
     program.write_text(PROGRAM)
-    endpoint = f"http://127.0.0.1:{receiver.server_address[1]}"
     environment = {
         **os.environ,
         "DURABLE_DSN": dsn,
-        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
         "DURABLE_TRACE_SAMPLE": "0.05",
     }
     subprocess.run([sys.executable, str(program)], check=True, env=environment, timeout=60)

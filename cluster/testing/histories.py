@@ -15,9 +15,10 @@ from unittest.mock import patch
 import msgspec
 
 from durable_cluster.app import App
+from durable_cluster.chunks import Chunks
 from durable_cluster.client import Client
 from durable_cluster.context import Context
-from durable_cluster.envelope import Envelope
+from durable_cluster.envelope import Envelope, encode
 from durable_cluster.errors import HandlerError, InputError, NonDeterminismError, TerminalError, UnknownWorkflow
 from durable_cluster.execution import ContinueAsNew, Execution
 from durable_cluster.joins import ChildResult
@@ -123,7 +124,7 @@ def recorded(app: App, ended: dict[str, Ended]) -> Iterator[None]:
         def handed_on(ctx: Context, execution: Execution) -> Any:
             result = inner(ctx, execution)
             if execution.is_done:
-                ended[ctx.workflow_id] = Ended(workflow, execution.encoded(""), execution.spawned)
+                ended[ctx.workflow_id] = Ended(workflow, execution.history(), execution.spawned)
             return result
 
         return handed_on
@@ -175,13 +176,13 @@ def _of(app: App, found: Standing) -> History:
     envelope = app.payloads.event(found.envelope)
     workflow = _code_for(app, envelope.workflow, envelope.version)
     state = workflow.cleanup_state(envelope) if envelope.step in OWN else envelope.state
-    spawned = carried_decoder.decode(state).spawned
+    carried = Chunks(app, workflow.name, envelope.workflow_id).whole(carried_decoder.decode(state))
     return History(
         workflow=workflow.name,
         version=envelope.version,
         place=found.place,
-        state=state,
-        children=_children(app, envelope.workflow_id, spawned),
+        state=msgspec.Raw(encode(carried)),
+        children=_children(app, envelope.workflow_id, carried.spawned),
     )
 
 

@@ -51,7 +51,7 @@ $$;
 
 -- durable.hand_on(…): successors and terminal records, in a transaction that holds the right to them (see commit_page's arguments).
 create or replace function durable.hand_on(i_shard int, i_steps text, i_counts int[], i_ids text, i_statuses text, i_outputs text,
-    i_memos text default null) returns void
+    i_memos text default null, i_spilled text default null) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -72,6 +72,9 @@ begin
             string_to_table(i_memos, E'\n', '')) q(id, status, output, memo)
         where q.id ~ '^[0-9a-f]{32}$';
     end if;
+    if i_spilled is not null then
+        perform durable.put_chunks(i_spilled);
+    end if;
 end
 $$;
 
@@ -81,12 +84,14 @@ $$;
 --   i_steps, i_counts  successors: JSON lines, a form feed between log entries, and how many lines each entry has.
 --     One text, because an array's elements are quoted and unquoted by regular expressions on the way.
 --   i_ids, i_statuses, i_outputs  terminal records, one a line each, or null; i_memos: what each carried, or nothing; null: none of them
+--   i_spilled  what the successors' memos have in durable.spill in place of carrying it (see durable.put_chunks), or null
 -- A page's timers, detached steps and dead letters are written between the fence and this (durable.schedule, detach, bury).
--- Tables: the shard's log (one row a text), finished (one row a terminal record), win (one row changed or deleted).
+-- Tables: the shard's log (one row a text), finished (one row a terminal record), spill (one row a chunk), win (one row changed
+-- or deleted).
 create or replace function durable.commit_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
     i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null,
-    i_memos text default null) returns void
+    i_memos text default null, i_spilled text default null) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -96,7 +101,7 @@ begin
             i_batch using errcode = 'DC001';
     end if;
     perform set_config('durable.fenced', '', true);
-    perform durable.hand_on(i_shard, i_steps, i_counts, i_ids, i_statuses, i_outputs, i_memos);
+    perform durable.hand_on(i_shard, i_steps, i_counts, i_ids, i_statuses, i_outputs, i_memos, i_spilled);
     if i_is_last then
         delete from durable.win w where w.batch = i_batch;
         if pgque.finish_batch(i_batch) <> 1 then
@@ -114,12 +119,13 @@ $$;
 create or replace function durable.commit_plain_page(
     i_shard int, i_batch bigint, i_owner bigint, i_done durable.cursor, i_next durable.cursor, i_is_last boolean,
     i_steps text, i_counts int[], i_ids text default null, i_statuses text default null, i_outputs text default null,
-    i_memos text default null) returns void
+    i_memos text default null, i_spilled text default null) returns void
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
 begin
     perform durable.fence(i_batch, i_owner, i_done);
-    perform durable.commit_page(i_shard, i_batch, i_owner, i_done, i_next, i_is_last, i_steps, i_counts, i_ids, i_statuses, i_outputs, i_memos);
+    perform durable.commit_page(i_shard, i_batch, i_owner, i_done, i_next, i_is_last, i_steps, i_counts, i_ids, i_statuses, i_outputs, i_memos,
+        i_spilled);
 end
 $$;

@@ -116,15 +116,18 @@ as $$
 $$;
 
 -- durable.dead_letter_total(…): how many there are, and the moment of the newest.
+--   i_most   so many are counted and no more; null: all
 create or replace function durable.dead_letter_total(i_workflow text default null, i_step text default null,
-    i_reason text default null, out letters bigint, out newest timestamptz)
+    i_reason text default null, i_most bigint default null, out letters bigint, out newest timestamptz)
 language sql stable security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
-    select count(*), max(d.at) from durable.dead_letter d
-    where (i_workflow is null or d.workflow = i_workflow)
-        and (i_step is null or d.step = i_step)
-        and (i_reason is null or d.reason = i_reason)
+    select count(*), max(d.at) from (
+        select d.at from durable.dead_letter d
+        where (i_workflow is null or d.workflow = i_workflow)
+            and (i_step is null or d.step = i_step)
+            and (i_reason is null or d.reason = i_reason)
+        order by d.at desc limit i_most) d
 $$;
 
 -- durable.dead_letter_of(id): all of a workflow's dead letter but the state, or nothing.
@@ -280,7 +283,7 @@ language sql volatile
 set search_path = pg_catalog, durable, pg_temp
 as $$
     select durable.finish(array_agg(q.id), array_agg('failed'::text), array_agg((q.details::jsonb || '{"purged": true}')::text),
-        array_agg(durable.unveiled(durable.carried_in(q.line, null)::text)))
+        array_agg(durable.kept_memo(q.id, q.line)))
     from unnest(i_ids, i_details, i_lines) q(id, details, line);
     select durable.record('purge', i_ids);
 $$;

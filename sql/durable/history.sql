@@ -1,26 +1,39 @@
 -- What a linear workflow has behind it: its memo, as its step events carry it while it lives, and as durable.finished keeps it. Machines
 -- carry nothing but the state of their next step.
 
--- durable.declare_types(names, versions, steps, all_steps, limited): what the code that runs here says of its workflows: where each begins,
--- all steps of a machine with commas (a linear workflow: nothing), whether a limit counts them. One of each a line. Writes on change only.
-create or replace function durable.declare_types(i_names text, i_versions text, i_steps text, i_all_steps text, i_limited text) returns void
-language sql volatile security definer
+-- durable.declare_types(names, versions, steps, all_steps, limited, histories): what the code that runs here says of its workflows: where each
+-- begins, all steps of a machine with commas (a linear workflow: nothing), whether a limit counts them, which part of them is recorded (from
+-- 0 to 1). One of each a line. Writes on change only. Who records needs a reader of the records first: see durable.keep_readers.
+create or replace function durable.declare_types(i_names text, i_versions text, i_steps text, i_all_steps text, i_limited text, i_histories text)
+returns void
+language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
+begin
     with said as (
         -- A column of nothing is no line at all.
-        select q.name, q.version::int, q.step, string_to_array(coalesce(q.steps, ''), ',') as steps, coalesce(q.limited, '') <> '' as is_limited
+        select q.name, q.version::int, q.step, string_to_array(coalesce(q.steps, ''), ',') as steps, coalesce(q.limited, '') <> '' as is_limited,
+            q.history::float8
         from rows from (string_to_table(i_names, E'\n'), string_to_table(i_versions, E'\n'), string_to_table(i_steps, E'\n'),
-            string_to_table(i_all_steps, E'\n'), string_to_table(i_limited, E'\n')) q(name, version, step, steps, limited)
+            string_to_table(i_all_steps, E'\n'), string_to_table(i_limited, E'\n'), string_to_table(i_histories, E'\n'))
+            q(name, version, step, steps, limited, history)
     )
-    insert into durable.workflow_type as t (workflow, version, step, steps, is_limited)
+    insert into durable.workflow_type as t (workflow, version, step, steps, is_limited, history)
     select s.* from said s
     where not exists (
         select from durable.workflow_type k
-        where k.workflow = s.name and (k.version, k.step, k.steps, k.is_limited) = (s.version, s.step, s.steps, s.is_limited))
+        where k.workflow = s.name
+            and (k.version, k.step, k.steps, k.is_limited, k.history) = (s.version, s.step, s.steps, s.is_limited, s.history))
     order by s.name
     on conflict (workflow) do update
-    set version = excluded.version, step = excluded.step, steps = excluded.steps, is_limited = excluded.is_limited
+    set version = excluded.version, step = excluded.step, steps = excluded.steps, is_limited = excluded.is_limited,
+        history = excluded.history;
+    if durable.has_timeline() then
+        -- As durable.try_maintenance has it, but waiting: days are made by looking first, and two that look at once would make one twice.
+        perform pg_advisory_xact_lock(hashtextextended('durable timeline', 0));
+        perform durable.keep_readers();
+    end if;
+end
 $$;
 
 -- durable.is_linear(workflow): whether a function is what it is made of; null: no code has run here that knows it.
@@ -64,6 +77,48 @@ as $$
                      from json_each(i_carried) with ordinality e(key, value, o) where e.key not in ('m', 'a')), '') || '}')::json
 $$;
 
+-- durable.whole(id, carried): the same with all that the workflow has on record in it (veiled), where it carries the newest only: see
+-- durable.spill, and cluster/chunks.py, which does the same. Errors: DC006.
+create or replace function durable.whole(i_id uuid, i_carried json) returns json
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_parts json[];
+begin
+    if i_carried -> 'c' is null then
+        return i_carried;
+    end if;
+    v_parts := array(select durable.veiled(c.body)::json
+                     from durable.chunks_of(i_id, (i_carried -> 'c' ->> 0)::bigint) with ordinality c(ref, body, o) order by o);
+    perform durable.demand_plain(i_id, p::text) from unnest(v_parts) p;
+    if cardinality(v_parts) <> (i_carried -> 'c' ->> 1)::int then
+        raise exception 'what workflow %… has on record cannot be read: of % chunks % are there; ask again', durable.short(i_id),
+            i_carried -> 'c' ->> 1, cardinality(v_parts) using errcode = 'DC006';
+    end if;
+    v_parts := v_parts || i_carried;
+    return (
+        with parts as materialized (
+            select p.part, p.k from unnest(v_parts) with ordinality p(part, k)
+        ), forgotten as materialized (
+            select p.k, f.value #>> '{}' as position from parts p, unnest(durable.elements(p.part, 'f')) f(value)
+        ), entries as (
+            select '[' || string_agg(e.value::text, ',' order by p.k, e.o) || ']' as m
+            from parts p, unnest(durable.elements(p.part, 'm')) with ordinality e(value, o)
+            where not exists (select from forgotten f where f.k > p.k and starts_with(e.value ->> 0, f.position))
+        ), instants as (
+            select '{' || string_agg(to_json(i.key) || ':' || i.value, ',') || '}' as r
+            from (select distinct on (e.key) e.key, e.value from parts p, json_each(coalesce(p.part -> 'r', '{}')) e
+                  where not exists (select from forgotten f where f.k > p.k and starts_with(e.key, f.position))
+                  order by e.key, p.k desc) i
+        )
+        select ('{"i":' || (select p.part -> 'i' from parts p where p.part -> 'i' is not null order by p.k desc limit 1)
+            || ',"m":' || coalesce((select m from entries), '[]') || coalesce(',"r":' || (select r from instants), '')
+            || coalesce((select string_agg(',' || to_json(e.key) || ':' || e.value, '' order by e.o)
+                         from json_each(i_carried) with ordinality e(key, value, o) where e.key not in ('i', 'm', 'r', 'c', 'f')), '') || '}')::json);
+end
+$$;
+
 -- durable.carried_in(line, progress): what a step event of a linear workflow carries, veiled: its input, what its awaits came to, and
 -- which one it is the answer of. Null for one of a machine, and for what is not JSON.
 --   progress  what its step last said, if that is not in the line: of several steps at once, those that have ended
@@ -91,6 +146,22 @@ exception when data_exception or program_limit_exceeded then
 end
 $$;
 
+-- durable.kept_memo(id, line): what is kept of a linear workflow that ends with this step event; null for a machine, for more than a payload
+-- may have, and where it cannot be read. (cluster/keeping.py keeps that of those that a worker ends.)
+create or replace function durable.kept_memo(i_id uuid, i_line text) returns text
+language plpgsql
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_carried json := durable.carried_in(i_line, null);
+begin
+    return case when coalesce((v_carried -> 'c' ->> 2)::bigint, 0) <= (select c.payload_bytes_max from durable.cluster c)
+        then durable.unveiled(durable.whole(i_id, v_carried)::text) end;
+exception when sqlstate 'DC006' or data_exception or program_limit_exceeded then
+    return null;
+end
+$$;
+
 -- durable.carried_of(id): the same of a workflow, wherever it stands, or as it ended. Null for a machine, for one whose memo was not kept,
 -- and for an unknown id. Costs what durable.standing costs.
 create or replace function durable.carried_of(i_id uuid) returns json
@@ -104,7 +175,7 @@ begin
     if found then
         return durable.veiled(v_memo)::json;
     end if;
-    return (select durable.carried_in(s.line, s.progress) from durable.standing(i_id) s
+    return (select durable.whole(i_id, durable.carried_in(s.line, s.progress)) from durable.standing(i_id) s
             order by substring(s.line from durable.line_pattern('n'))::int desc limit 1);
 exception when data_exception or program_limit_exceeded then
     return null;

@@ -45,11 +45,26 @@ create or replace function durable.checked_payload(i_payload text) returns text
 language sql stable
 as $$ select (durable.checked_payloads(array[i_payload]))[1] $$;
 
+-- durable.checked_traceparent(traceparent): of a W3C traceparent what a link needs, in the form of version 00; null for what is none, as
+-- that standard demands: a header of a stranger's must not keep a workflow from starting.
+create or replace function durable.checked_traceparent(i_traceparent text) returns text
+language sql immutable strict
+as $$
+    select '00' || substr(i_traceparent, 3, 53)
+    where i_traceparent ~ '^(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$'
+        and (length(i_traceparent) = 55 or i_traceparent !~ '^00')
+$$;
+
 -- durable.line(…): the envelope of one step event. Names are checked, ids are hex, the state is JSON: nothing needs escaping.
 -- What stands between id and state is the same for many: durable.line_middle.
-create or replace function durable.line_middle(i_seq int, i_workflow text, i_step text, i_version int) returns text
+--   i_traceparent  of the caller, in the line of a first step: the workflow's trace gets a link to it
+create or replace function durable.line_middle(i_seq int, i_workflow text, i_step text, i_version int, i_traceparent text default null)
+returns text
 language sql immutable
-as $$ select '","n":' || i_seq || ',"f":"' || i_workflow || '","s":"' || i_step || '","v":' || i_version || ',"d":' $$;
+as $$
+    select '","n":' || i_seq || ',"f":"' || i_workflow || '","s":"' || i_step || '","v":' || i_version
+        || coalesce(',"t":"' || i_traceparent || '"', '') || ',"d":'
+$$;
 
 create or replace function durable.line(i_id uuid, i_middle text, i_state text) returns text
 language sql immutable
@@ -91,10 +106,11 @@ $$;
 -- durable.start(…): one workflow, in the caller's transaction, at any isolation level.
 --   i_after       how long until its first step is delivered; it counts as started at once
 --   i_attributes  JSON: what it is found by (see durable.checked_attributes)
+--   i_traceparent the caller's span, as W3C has it: the workflow's trace gets a link to it; what is no traceparent is ignored
 -- Result: the id (whole: this is the one answer that gives it) and whether it is new; the same key gives the same workflow.
 -- Tables: key, started, attribute if it has any (one row each), the shard's log (one event) or a timer. Errors: DC002, 40001 (a snapshot older than a rotation).
 create or replace function durable.start(i_workflow text, i_version int, i_step text, i_input text, i_key text default null,
-    i_after interval default null, i_attributes text default null, out id uuid, out is_new boolean)
+    i_after interval default null, i_attributes text default null, i_traceparent text default null, out id uuid, out is_new boolean)
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -124,7 +140,8 @@ begin
     end if;
     insert into durable.started (id, day, workflow, version, input, key, at)
     values (start.id, durable.day_of(start.id), i_workflow, i_version, v_input, i_key, durable.now());
-    v_line := durable.line(start.id, 1, i_workflow, i_step, i_version, v_input);
+    v_line := durable.line(start.id,
+        durable.line_middle(1, i_workflow, i_step, i_version, durable.checked_traceparent(i_traceparent)), v_input);
     if v_after_ms > 0 then
         perform durable.set_timers(array[start.id], array[1], array[v_line], array[v_after_ms]);
     else
@@ -154,10 +171,10 @@ end
 $$;
 
 -- durable.start_many(…): as start, for many inputs (JSON, one a line; keys likewise, or null), set-wise. Attributes: one object a line, or
--- one for all.
+-- one for all. One traceparent for all.
 -- Result: one row an input, in order. Lines of one shard are appended in events of at most 1,000 lines and about 1 MiB.
 create or replace function durable.start_many(i_workflow text, i_version int, i_step text, i_inputs text, i_keys text default null,
-    i_after interval default null, i_attributes text default null)
+    i_after interval default null, i_attributes text default null, i_traceparent text default null)
 returns table (id uuid, is_new boolean)
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
@@ -170,7 +187,7 @@ declare
     v_keys text[] := string_to_array(i_keys, E'\n');
     v_new boolean[] := array_fill(true, array[cardinality(v_ids)]);
     v_known uuid[];
-    v_middle text := durable.line_middle(1, i_workflow, i_step, i_version);
+    v_middle text := durable.line_middle(1, i_workflow, i_step, i_version, durable.checked_traceparent(i_traceparent));
     v_attributes jsonb[] := case when i_attributes is not null then array(
         select durable.checked_attributes(a) from string_to_table(i_attributes, E'\n') with ordinality q(a, o) order by q.o) end;
     v_after_ms float8 := durable.checked_delay_ms(coalesce(extract(epoch from i_after) * 1000, 0)::float8);

@@ -66,8 +66,9 @@ create or replace function durable.try_maintenance(i_what text) returns boolean
 language sql volatile
 as $$ select pg_try_advisory_xact_lock(hashtextextended('durable ' || i_what, 0)) $$;
 
--- durable.keep_up(), durable.finish_rotation(): the engine's upkeep, each in its own transaction; before it the idle shards.
-create or replace function durable.keep_up() returns int
+-- durable.keep_up(lag_s), durable.finish_rotation(): the engine's upkeep, each in its own transaction; before it the idle shards, and the readers
+-- of the timeline that are more than so many seconds behind: whatever has become of them, they hold no log back for longer.
+create or replace function durable.keep_up(i_lag_s float8 default 300) returns int
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -76,6 +77,7 @@ begin
         return 0;
     end if;
     perform durable.tick_idle(s.shard) from durable.shard s;
+    perform durable.skip_timelines(i_lag_s);
     return pgque.maint();
 end
 $$;
@@ -179,13 +181,13 @@ $$;
 -- late. Beside a cluster it does no harm: what is being done already is left alone. Nothing to do: nothing is written.
 --   i_retention_days  let history go that is older than so many days, a day a call; null, the default: none
 -- Result: timers fired (at most 20,000 a call); runs of schedules that waited and were started; logs rotated; timers_carried by a
--- rotation of the timers; partitions made; names, cancels and counts of limits of
+-- rotation of the timers; chunks_carried by one of the memos' chunks; partitions made; names, cancels and counts of limits of
 -- what is gone forgotten; days dropped; whether work waits for a
 -- cluster; schedules whose due time has come, which only a cluster can fire. Errors: DC004, DC002.
 -- Hazards: the second half of a rotation demands a transaction without an id, so it comes first. A rotation ticks idle logs, and
 -- nothing may be appended after a tick's snapshot; so a call that fires does not rotate.
 create or replace function durable.maintain(i_retention_days int default null, out timers int, out queued_runs int, out rotated int,
-    out timers_carried int, out partitions int, out forgotten int, out days_dropped int, out has_work boolean, out schedules_due int)
+    out timers_carried int, out chunks_carried int, out partitions int, out forgotten int, out days_dropped int, out has_work boolean, out schedules_due int)
 language plpgsql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$
@@ -194,11 +196,19 @@ begin
     rotated := case when pg_current_xact_id_if_assigned() is null then durable.finish_rotation() else 0 end;
     timers := durable.sweep(20000);
     queued_runs := durable.start_queued();
+    -- Before a rotation, which passes over what is not read for too long.
+    begin
+        perform durable.project_timeline(s.shard, '1 hour') from durable.shard s;
+    exception when others then
+        -- Its reader is passed over some day; nothing else waits for it.
+        raise warning 'the timeline cannot be written: %', sqlerrm;
+    end;
     timers_carried := 0;
     if timers = 0 and queued_runs = 0 then
         rotated := rotated + case when durable.needs_upkeep() then durable.keep_up() else 0 end;
         timers_carried := case when durable.needs_timer_rotation() then greatest(durable.rotate_timers(), 0) else 0 end;
     end if;
+    chunks_carried := case when durable.needs_spill_rotation() then greatest(durable.rotate_spill(), 0) else 0 end;
     forgotten := case when exists (select from durable.dead_members()) then durable.sweep_members() else 0 end
         + case when durable.has_ended_cancels() then durable.sweep_cancels() else 0 end
         + case when durable.has_unused_limits() then durable.sweep_limits() else 0 end;
@@ -224,6 +234,9 @@ begin
     end if;
     if i_retention_days is not null and durable.needs_expiry(i_retention_days) then
         days_dropped := durable.expire(i_retention_days);
+    end if;
+    if i_retention_days is not null and durable.needs_timeline_upkeep(i_retention_days) then
+        perform durable.keep_timeline(i_retention_days);
     end if;
 exception when lock_not_available or deadlock_detected then
     partitions := 0;

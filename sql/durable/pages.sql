@@ -14,7 +14,8 @@ create or replace function durable.range_begin(i_done durable.cursor, i_s0 pg_sn
 language sql immutable
 as $$ select greatest(i_done, row(pg_snapshot_xmax(i_s0), 0, 0)::durable.cursor) $$;
 
--- durable.window_query(tables, with_late, limit): the events of a window from its cursor on, in the order (ev_txid, ev_id).
+-- durable.window_query(tables, with_late, limit, type): the events of a window from its cursor on, in the order (ev_txid, ev_id).
+-- i_type: which events, those of steps or of history (see timeline.sql).
 --
 -- The simple query would be "everything visible in s1 and not visible in s0 from xmin(s0) on". One old write transaction pins
 -- xmin(s0), and every page would read history again. So: what started after s0 is at or above its xmax, one range of the index;
@@ -23,15 +24,17 @@ as $$ select greatest(i_done, row(pg_snapshot_xmax(i_s0), 0, 0)::durable.cursor)
 -- Planning is most of a small page's cost, so the common case, one table and nobody late, is one plain range.
 -- i_limit: rows at the most, null for all. Parameters of the query: $1, $2 where the range begins (durable.range_begin: txid, id),
 -- $3, $4 the cursor (txid, id), $5 xmax(s1), $6 s1, $7 the late ids.
-create or replace function durable.window_query(i_tables text[], i_with_late boolean, i_limit int) returns text
+create or replace function durable.window_query(i_tables text[], i_with_late boolean, i_limit int, i_type text default 'steps') returns text
 language plpgsql immutable
 set search_path = pg_catalog, durable, pg_temp
 as $$
 declare
     v_order text := ' order by ev_txid, ev_id limit ' || coalesce(i_limit::text, 'all');
     v_from text := 'select ev_txid as txid, ev_id as id, ev_extra1 as n, coalesce(ev_data, '''') as body from ';
-    v_range text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid < $5 and pg_visible_in_snapshot(ev_txid, $6)';
-    v_late text := ' where (ev_txid, ev_id) >= ($3, $4) and ev_txid = any ($7)';
+    -- Whatever somebody has appended by hand is taken for steps.
+    v_type text := ' and ev_type is ' || case i_type when 'steps' then '' else 'not ' end || 'distinct from ''history''';
+    v_range text := ' where (ev_txid, ev_id) >= ($1, $2) and ev_txid < $5 and pg_visible_in_snapshot(ev_txid, $6)' || v_type;
+    v_late text := ' where (ev_txid, ev_id) >= ($3, $4) and ev_txid = any ($7)' || v_type;
     v_parts text[];
     v_table text;
 begin

@@ -62,6 +62,10 @@ begin
     end if;
     if v_step = 'workflow.start' then
         v_step := 'workflow.resume';
+        if durable.carried_in(v_line, null) -> 'c' is not null then
+            -- Nothing that it has on record counts any more.
+            perform durable.put_chunks(durable.hex(i_first.id) || repeat('0', 24));
+        end if;
         v_state := '{"i":' || i_first.input || coalesce(',"t":' || (durable.carried_in(v_line, null) ->> 't'), '') || ',"o":true}';
     end if;
     delete from durable.fanout f where f.id = i_first.id;
@@ -71,6 +75,22 @@ begin
         array[durable.line(i_first.id, v_seq + 1, i_first.workflow, v_step, v_type.version, v_state)]);
     perform durable.record('replay', array[i_first.id], i_actor, array[jsonb_build_object('workflow', i_first.workflow)]);
     return true;
+end
+$$;
+
+-- durable.start_by_name(workflow, input, key, after, attributes): as durable.start, for whoever knows the workflow's name alone: it begins
+-- as the code that ran here last says it does. Result: the id (whole), and whether it is new.
+-- Errors: DC006 for a workflow that no code has declared here; DC002; 40001 (a snapshot older than a rotation). Tables: see durable.start.
+create or replace function durable.start_by_name(i_workflow text, i_input text default 'null', i_key text default null,
+    i_after interval default null, i_attributes text default null, out id uuid, out is_new boolean)
+language plpgsql security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+declare
+    v_type durable.workflow_type := durable.type_of(durable.checked_name('workflow', i_workflow));
+begin
+    select s.id, s.is_new into start_by_name.id, start_by_name.is_new
+    from durable.start(i_workflow, v_type.version, v_type.step, i_input, i_key, i_after, i_attributes) s;
 end
 $$;
 

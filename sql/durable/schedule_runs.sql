@@ -221,3 +221,19 @@ begin
     return v_started;
 end
 $$;
+
+-- durable.runs_of(name, dues): what became of these due times of a schedule, for people; no row for one that started nothing.
+--   status  running, stuck, completed, failed or cancelled
+create or replace function durable.runs_of(i_name text, i_dues timestamptz[])
+returns table (due timestamptz, id text, status text, started_at timestamptz, finished_at timestamptz)
+language sql stable security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$
+    select q.due, durable.short(k.id), coalesce(f.status, case when exists (select from durable.dead_letter d where d.id = k.id) then 'stuck'
+        else 'running' end), b.at, f.at
+    from durable.schedule s cross join unnest(i_dues[1:1000]) q(due)
+    join durable.key k on k.workflow = s.workflow and k.key = durable.schedule_key(i_name, q.due)
+    join durable.started b on b.id = k.id and b.day = durable.day_of(k.id)
+    left join durable.finished f on f.id = k.id and f.day = durable.day_of(k.id)
+    where s.name = i_name order by q.due desc
+$$;

@@ -137,6 +137,26 @@ begin
 end
 $$;
 
+-- durable.timers_due(within, due, id, max): the next timers that are due in so many seconds, the earliest first, after that one if one is
+-- given, with the lines that they hold. What was committed after its time, or is due already, is for a sweep. Reads only.
+create or replace function durable.timers_due(i_within_s float8, i_due timestamptz, i_id bigint, i_max int)
+    returns table (due timestamptz, id bigint, line text)
+language plpgsql stable security definer
+set search_path = pg_catalog, durable, pg_temp set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off
+as $$
+declare
+    v_control durable.timer_control;
+begin
+    select c.* into v_control from durable.timer_control c where c.one;
+    return query
+        select t.due, t.id, t.line from durable.timer t
+        where (t.due, t.id) > (coalesce(i_due, v_control.reached_due), coalesce(i_id, v_control.reached_id))
+            and t.due <= durable.now() + v_control.skew + make_interval(secs => i_within_s)
+        order by t.due, t.id limit i_max;
+end
+$$;
+
 -- durable.sweep(max): fires what is due: appends the lines to the logs of their shards. How many timers it passed; after a full
 -- page there may be more. Nothing to do, or somebody else at it: 0, and nothing is written.
 --   i_max   how many that became due since the last sweep; what was committed after its time comes on top

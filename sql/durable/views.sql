@@ -71,6 +71,7 @@ as $$
     select s.shard, s.place, substring(s.line from durable.line_pattern('s')), substring(s.line from durable.line_pattern('n'))::int,
         s.owner_is_silent, s.due
     from durable.standing(i_id) s
+    where s.line ~ durable.line_pattern('s')  -- a signal or a cancel on its way is no step
 $$;
 
 -- durable.log(shard): the retained log of one shard, a row a step event, for people; ids are truncated.
@@ -85,7 +86,7 @@ begin
         ' substring(l.line from durable.line_pattern(''f'')), substring(l.line from durable.line_pattern(''s'')),'
         ' substring(l.line from durable.line_pattern(''n''))::int'
         ' from %s e, string_to_table(e.ev_data, E''\n'') with ordinality l(line, o)'
-        ' order by e.ev_txid, e.ev_id, l.o',
+        ' where e.ev_type is distinct from ''history'' order by e.ev_txid, e.ev_id, l.o',
         (select q.queue_data_pfx from pgque.queue q where q.queue_name = durable.queue_of(i_shard)));
 end
 $$;

@@ -1,8 +1,12 @@
 -- Grants: everything is denied to everyone, then three roles get what they need.
 -- pgque_reader consumes, pgque_writer produces, pgque_admin is both and runs the engine.
 -- With durable.no_roles = 'on' (an installer that may not create roles) only the denial is done.
+-- A function that is replaced keeps its grants: what an older version allowed these roles is taken back first.
 
-revoke execute on all functions in schema pgque from public;
+revoke all on schema pgque from public;
+revoke all on all tables in schema pgque from public;
+revoke all on all sequences in schema pgque from public;
+revoke all on all functions in schema pgque from public;
 
 do $$
 declare
@@ -28,6 +32,10 @@ begin
     end if;
   end loop;
 
+  revoke all on schema pgque from pgque_reader, pgque_writer, pgque_admin;
+  revoke all on all tables in schema pgque from pgque_reader, pgque_writer, pgque_admin;
+  revoke all on all sequences in schema pgque from pgque_reader, pgque_writer, pgque_admin;
+  revoke all on all functions in schema pgque from pgque_reader, pgque_writer, pgque_admin;
   grant usage on schema pgque to pgque_reader, pgque_writer, pgque_admin;
   grant select on all tables in schema pgque to pgque_reader;
   grant all on all tables in schema pgque to pgque_admin;

@@ -65,6 +65,9 @@ begin
   if to_regrole('pgque_reader') is not null and has_schema_privilege('pgque_reader', 'pgque', 'usage') then
     execute format('grant select on pgque.%I, pgque.%I, pgque.%I, pgque.%I to pgque_reader',
                    v_parent, v_parent || '_0', v_parent || '_1', v_parent || '_2');
+    execute format('grant all on pgque.%I, pgque.%I, pgque.%I, pgque.%I to pgque_admin',
+                   v_parent, v_parent || '_0', v_parent || '_1', v_parent || '_2');
+    execute format('grant all on sequence pgque.%I, pgque.%I to pgque_admin', v_parent || '_id_seq', v_parent || '_rot_seq');
   end if;
 end $$;
 
