@@ -60,8 +60,7 @@ $$;
 -- durable.known(id): what is known of a workflow but for its payloads; nothing for an unknown one. Ids truncated.
 --   since    since when it stands where it does, where that is known; finished: null
 --   paused   what of it is: the workflow, its type or its shard
-drop function if exists durable.known(uuid);  -- its row had more columns once, which "or replace" does not take away
-create function durable.known(i_id uuid)
+create or replace function durable.known(i_id uuid)
 returns table (workflow text, version int, status text, key text, started_at timestamptz, finished_at timestamptz, since timestamptz,
     parent text, origin text, weight float8, paused text, attributes jsonb, is_linear boolean)
 language sql stable security definer
