@@ -174,8 +174,20 @@ class QuietSpan(Span):
             return self._spoken
 
 
+class HashedOnce(Resource):
+    """Exporters group spans by their resource; to hash one, the SDK writes all of it as JSON, for each span."""
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__(resource.attributes, resource.schema_url)
+        self._hash = hash(resource)
+
+    def __hash__(self) -> int:
+        """As the SDK's."""
+        return self._hash
+
+
 def _resource(role: str) -> Resource:
     resource = Resource.create({"durable.role": role, "process.pid": os.getpid()})
     if str(resource.attributes["service.name"]).startswith("unknown_service"):  # neither of OTel's variables names one
         resource = resource.merge(Resource({"service.name": "durable-cluster"}))
-    return resource
+    return HashedOnce(resource)
