@@ -75,24 +75,21 @@ def _watched(
     here: Scene, workers: Workers, like: Flow, *, seconds: float, held_s: float, bucket_s: float
 ) -> tuple[list[Look], int]:
     """Looks at a loaded system, one a bucket; and the peak memory of its largest process."""
-    rate = _calibrated(here, workers, like)
     window_s = seconds + held_s
-    warm_s = min(WARM_S_MAX, window_s * WARM_SHARE)
-    _load(here, like, steps=rate * (min(LOADED_AHEAD_S, window_s) + warm_s + 1) * MARGIN)
-    time.sleep(warm_s)
+    _fill(here, like, rate=_calibrated(here, workers, like), window_s=window_s)
     with ThreadPoolExecutor(1) as feeder, ExitStack() as stack:
-        feeding = feeder.submit(_load, here, like, steps=0.0)
-        looks = [_look(here, workers, is_fed=False)]
+        feeding, is_fed = feeder.submit(_load, here, like, steps=0.0), False
+        looks = [_look(here, workers, is_fed=is_fed)]
         for number in range(1, max(2, round(window_s / bucket_s)) + 1):
             if held_s and number == round(seconds / bucket_s) + 1:
                 stack.enter_context(held_snapshot(here.system.dsn))
             time.sleep(max(0.0, looks[0][0] + number * bucket_s - time.perf_counter()))
-            is_fed = not feeding.done()
             looks.append(_look(here, workers, is_fed=is_fed))
-            if not is_fed:
+            if feeding.done():
                 feeding.result()
                 rest_s = (round(window_s / bucket_s) - number) * bucket_s
-                feeding = feeder.submit(_load, here, like, steps=_missing(here, like, looks, rest_s=rest_s))
+                missing = _missing(here, like, looks, rest_s=rest_s)
+                feeding, is_fed = feeder.submit(_load, here, like, steps=missing), missing > 0
         feeding.result()
         workers.demand_running()
         return looks, meters.peak_bytes(workers.pids)
@@ -109,6 +106,20 @@ def _calibrated(here: Scene, workers: Workers, like: Flow) -> float:
         if spent_s >= CALIBRATION_S:
             return flows * like.of / spent_s
         flows *= 4
+
+
+def _fill(here: Scene, like: Flow, *, rate: float, window_s: float) -> None:
+    """Load what lasts the window, at the rate of the warm-up that ends it: that of a large backlog is higher."""
+    warm_s = min(WARM_S_MAX, window_s * WARM_SHARE)
+    lasts_s = min(LOADED_AHEAD_S, window_s)
+    left = 0
+    while left < rate * lasts_s * MARGIN:
+        _load(here, like, steps=rate * (lasts_s + warm_s + 1) * MARGIN - left)
+        before, begun = here.ledger.steps(), time.perf_counter()
+        time.sleep(warm_s)
+        done = here.ledger.steps()
+        rate = (done - before) / (time.perf_counter() - begun)
+        left = here.flows_made * like.of - done
 
 
 def _load(here: Scene, like: Flow, *, steps: float) -> None:
