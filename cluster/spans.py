@@ -17,7 +17,16 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    set_span_in_context,
+)
 from opentelemetry.util.types import AnyValue, Attributes
 
 SCOPE = "durable_cluster"
@@ -65,7 +74,9 @@ class Spans:
         attributes: Mapping[str, AnyValue],
         *,
         parent: SpanContext | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,
         links: Sequence[Link] = (),
+        status: Status | None = None,
         times: tuple[int, int],
     ) -> None:
         """A span that has ended. ``times``: when it began and ended, in ns."""
@@ -76,7 +87,8 @@ class Spans:
             resource=self.provider.resource,
             attributes=attributes,
             links=links,
-            status=UNSET,
+            kind=kind,
+            status=status or UNSET,
             start_time=times[0],
             end_time=times[1],
             instrumentation_scope=self._scope,

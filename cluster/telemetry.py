@@ -75,32 +75,35 @@ class Tracing:
 
     @contextmanager
     def _page(self, shard: int, page: Page, links: list[Link]) -> Iterator[None]:
-        attributes: dict[str, str | int] = {
-            "messaging.system": "pgque",
-            "messaging.operation.name": "process",
-            "messaging.operation.type": "process",
-            "messaging.destination.name": f"durable_{shard}",
-            "messaging.batch.message_count": len(page.lines),
-            "durable.shard": shard,
-            "durable.batch": page.header.batch,
-            "durable.takeovers": page.header.takeovers,
-        }
-        name = f"process durable_{shard}"
-        with self._spans.tracer.start_as_current_span(
-            name,
-            kind=SpanKind.CONSUMER,
-            attributes=attributes,
-            links=links,
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            of_page = span.get_span_context()
-            try:
-                with self._unrecorded(of_page.trace_id, of_page.span_id):
-                    yield
-            except BaseException as error:  # what the database says may name a row by its whole id
-                span.set_status(Status(StatusCode.ERROR, type(error).__name__))
-                raise
+        ids, began_ns = self._spans.ids, time.time_ns()
+        context = SpanContext(ids.generate_trace_id(), ids.generate_span_id(), is_remote=False, trace_flags=SAMPLED)
+        status: Status | None = None
+        try:
+            with self._unrecorded(context.trace_id, context.span_id):
+                yield
+        except BaseException as error:  # what the database says may name a row by its whole id
+            status = Status(StatusCode.ERROR, type(error).__name__)
+            raise
+        finally:
+            attributes: dict[str, str | int] = {
+                "messaging.system": "pgque",
+                "messaging.operation.name": "process",
+                "messaging.operation.type": "process",
+                "messaging.destination.name": f"durable_{shard}",
+                "messaging.batch.message_count": len(page.lines),
+                "durable.shard": shard,
+                "durable.batch": page.header.batch,
+                "durable.takeovers": page.header.takeovers,
+            }
+            self._spans.tell(
+                f"process durable_{shard}",
+                context,
+                attributes,
+                kind=SpanKind.CONSUMER,
+                links=links,
+                status=status,
+                times=(began_ns, time.time_ns()),
+            )
 
     def unrecorded(self, workflow_id: str) -> AbstractContextManager[object]:
         """Around a step of a workflow that is not sampled, where no page is: what its code traces is not recorded."""
