@@ -1,4 +1,4 @@
-"""The dashboard of a workflow type, for those who wrote it: how much of it there is, how it ends, what fails."""
+"""The dashboard of a workflow type, for those who wrote it: how much of it there is, what it costs, how it ends, what fails."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ ENDED = f"durable_workflows_ended_total{{{HERE}}}"
 FAILED = f'durable_workflows_ended_total{{{HERE},status="failed"}}'
 RETRIES = f"durable_retries_total{{{HERE}}}"
 STEPS = f"durable_steps_total{{{HERE}}}"
+CPU = f"durable_step_cpu_seconds_total{{{HERE}}}"
 LETTERS = f"durable_dead_letters_total{{{HERE}}}"
 
 GLANCE = Row(
@@ -88,6 +89,33 @@ WORK = Row(
     ),
 )
 
+COST = Row(
+    "What it costs",
+    (
+        Panel(
+            title="Processor time of its steps",
+            about="In cores, by samples of what runs. Near the number of consumers: they have no time left for anything else.",
+            queries=(Query(f"sum by (workflow) (rate({CPU}[$__rate_interval]))", "{{workflow}}"),),
+            unit="none",
+            width=12,
+            is_stacked=True,
+        ),
+        Panel(
+            title="Processor time a step event",
+            about="Flat, whatever its height; microseconds to milliseconds. A jump after a deployment is that deployment's.",
+            queries=(
+                Query(
+                    f"sum by (workflow) (rate({CPU}[$__rate_interval]))"
+                    f" / (sum by (workflow) (rate({STEPS}[$__rate_interval])) > 0)",
+                    "{{workflow}}",
+                ),
+            ),
+            unit="s",
+            width=12,
+        ),
+    ),
+)
+
 ENDS = Row(
     "How they end",
     (
@@ -153,5 +181,5 @@ BOARD = Board(
     title="Durable: workflow type",
     about="One type of workflow, or some beside each other: choose above.",
     choices=(Choice("workflow", "durable_steps_total"),),
-    rows=(GLANCE, WORK, ENDS, TROUBLE),
+    rows=(GLANCE, WORK, COST, ENDS, TROUBLE),
 )
