@@ -31,7 +31,7 @@ REASONS = MappingProxyType(
         ),
         "throughput lost beside a held snapshot": (
             "the machine: its speed wanders by as much within a run, also without a snapshot (see the chart of throughput). What a "
-            "snapshot itself costs is the next line, processor time of Postgres a step."
+            "snapshot itself costs is the next line: a slow machine slows Postgres and the workers alike."
         ),
         "idle: Postgres": "what autovacuum and the checkpointer still do for the load before, in one window of some seconds.",
         "lone chain, a step, p50": _LONE,

@@ -145,12 +145,12 @@ def _rate(one: Look, other: Look) -> float:
     return (other[1] - one[1]) / (other[0] - one[0])
 
 
-def _server_us(pairs: list[tuple[Look, Look]]) -> float | None:
-    """Processor time of Postgres a step, between these looks."""
-    spent_s = [meters.between(one[2], other[2]).server_s for one, other in pairs]
-    known_s = [spent for spent in spent_s if spent is not None]
-    steps = sum(other[1] - one[1] for one, other in pairs)
-    return sum(known_s) / steps * 1e6 if steps and len(known_s) == len(pairs) else None
+def _postgres_per_worker(pairs: list[tuple[Look, Look]]) -> float | None:
+    """Processor time of Postgres for each second of the workers', between these looks: a machine that slows down slows both."""
+    costs = [meters.between(one[2], other[2]) for one, other in pairs]
+    workers_s = sum(cost.workers_s for cost in costs)
+    server_s = [cost.server_s for cost in costs if cost.server_s is not None]
+    return sum(server_s) / workers_s if workers_s and len(server_s) == len(costs) else None
 
 
 def _unfed(looks: list[Look], from_s: float, to_s: float) -> list[tuple[Look, Look]]:
@@ -208,8 +208,8 @@ class _Told:
             yield self.cell("steps/s before", free, "steps/s")
             yield self.cell("steps/s at the end", late, "steps/s")
             yield self.cell("drift", 100 * (1 - late / free), "%")
-            before_us, after_us = (_server_us(_unfed(looks, *span)) for span in (begun, ending))
-            gained = None if before_us is None or after_us is None else 100 * (after_us / before_us - 1)
+            before, after = (_postgres_per_worker(_unfed(looks, *span)) for span in (begun, ending))
+            gained = None if before is None or after is None else 100 * (after / before - 1)
             yield self.cell("CPU of Postgres drift", gained, "%")
 
     def costs(self, looks: list[Look]) -> Iterable[Cell]:

@@ -87,7 +87,11 @@ def verdicts(durable: Report, asynchronous: Report | None, results: Results) -> 
         most("updated and deleted rows in log, timers, started, finished", "rows", changed, 0, 0),
         most("throughput lost beside a held snapshot", "%", ours("W1", "drift", HELD), 15, 5),
         most(
-            "processor time of Postgres a step gained beside it", "%", ours("W1", "CPU of Postgres drift", HELD), 15, 5
+            "CPU of Postgres gained there, against the workers'",
+            "%",
+            ours("W1", "CPU of Postgres drift", HELD),
+            15,
+            5,
         ),
         most("lone step's p50 gained beside a held snapshot", "%", ours("W2", "drift", HELD), 15, 5),
         most("lone chain, a step, p50", "ms", durable.lone_step_ms_p50, 1.5, 1.0),
