@@ -151,7 +151,12 @@ def dump(conn: Connection) -> str:
     for table, oid in conn.execute(own.encode()).fetchall():
         if one(conn, "select relkind = 'r' from pg_class where oid = %s", oid):
             texts += [row for (row,) in conn.execute(f"select t::text from {table} t".encode())]
-        held = one(conn, "select pg_read_binary_file(pg_relation_filepath(%s), true)", oid)
+        held = one(
+            conn,
+            "select pg_read_binary_file(f.path, 0, (pg_stat_file(f.path, true)).size, true)"
+            " from pg_relation_filepath(%s) as f (path)",
+            oid,
+        )
         texts.append(bytes(held or b"").decode("latin-1"))
     return "\n".join(texts)
 
