@@ -60,7 +60,7 @@ def test_a_load_is_counted_and_what_a_step_costs_is_told(results: Results) -> No
     assert value(results, "steps/s") > 0
     assert value(results, "CPU") == pytest.approx(value(results, "CPU of Postgres") + value(results, "CPU of workers"))
     assert value(results, "CPU of Postgres") > 0
-    assert value(results, "WAL") > 50
+    assert value(results, "WAL") > 20  # a server that has lz4 compresses the lines
     assert 0 < value(results, "changed rows") < 0.2
     assert value(results, "drift") == pytest.approx(
         100 * (1 - value(results, "steps/s at the end") / value(results, "steps/s before"))
