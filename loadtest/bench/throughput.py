@@ -30,6 +30,9 @@ CALIBRATION_S = 1.0
 CALIBRATION_FLOWS = 40
 CALIBRATION_S_MAX = 60.0
 MARGIN = 1.5
+MARGIN_HELD = (
+    2.5  # seconds in which more is loaded do not count, and there are few; a machine may become twice as fast meanwhile
+)
 WARM_SHARE = 0.1
 WARM_S_MAX = 10.0
 LOADED_AHEAD_S = 90.0
@@ -76,7 +79,8 @@ def _watched(
 ) -> tuple[list[Look], int]:
     """Looks at a loaded system, one a bucket; and the peak memory of its largest process."""
     window_s = seconds + held_s
-    _fill(here, like, rate=_calibrated(here, workers, like), window_s=window_s)
+    margin = MARGIN_HELD if held_s else MARGIN
+    _fill(here, like, rate=_calibrated(here, workers, like), window_s=window_s, margin=margin)
     with ThreadPoolExecutor(1) as feeder, ExitStack() as stack:
         feeding, is_fed = feeder.submit(_load, here, like, steps=0.0), False
         looks = [_look(here, workers, is_fed=is_fed)]
@@ -108,13 +112,13 @@ def _calibrated(here: Scene, workers: Workers, like: Flow) -> float:
         flows *= 4
 
 
-def _fill(here: Scene, like: Flow, *, rate: float, window_s: float) -> None:
+def _fill(here: Scene, like: Flow, *, rate: float, window_s: float, margin: float) -> None:
     """Load what lasts the window, at the rate of the warm-up that ends it: that of a large backlog is higher."""
     warm_s = min(WARM_S_MAX, window_s * WARM_SHARE)
     lasts_s = min(LOADED_AHEAD_S, window_s)
     left = 0
-    while left < rate * lasts_s * MARGIN:
-        _load(here, like, steps=rate * (lasts_s + warm_s + 1) * MARGIN - left)
+    while left < rate * lasts_s * margin:
+        _load(here, like, steps=rate * (lasts_s + warm_s + 1) * margin - left)
         before, begun = here.ledger.steps(), time.perf_counter()
         time.sleep(warm_s)
         done = here.ledger.steps()
