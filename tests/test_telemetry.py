@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psycopg
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
 from receiver import Receiver, receiving
 
 from durable_cluster import App, ConfigurationError, Context, Continuation, Retry, telemetry
+from durable_cluster.envelope import Envelope, Header, Page
 from durable_cluster.settings import environment
 from durable_cluster.telemetry import Tracing
 
@@ -75,6 +78,22 @@ def test_a_page_is_a_span_linked_to_its_sampled_workflows_and_no_whole_id_leaves
     assert len(steps) == 3 * len(sampled), "a root and two steps each"
     sent = b"".join(receiver.bodies).decode("latin-1")
     assert set(re.findall("[0-9a-f]{32}", sent)).isdisjoint(ids)
+
+
+def test_a_page_that_fails_says_the_kind_of_error_and_not_what_it_quotes() -> None:
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(SimpleSpanProcessor(exporter), role="test", sample=1)
+    workflow_id = secrets.token_hex(16)
+    line = Envelope(workflow_id, 1, "flow", "first", 1, msgspec.Raw(b"1"))
+    header = Header(batch=5, takeovers=0, suspects=0, done=("0", 0, 0), last=True, events=[("1", 1)])
+    with pytest.raises(Trouble), tracing.page(3, Page(header, [line], [1])):
+        raise Trouble(f"row {workflow_id} is gone")
+    (span,) = exporter.get_finished_spans()
+    assert (span.name, span.kind, span.parent) == ("process durable_3", SpanKind.CONSUMER, None)
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "Trouble")
+    assert [link.context.trace_id for link in span.links] == [telemetry.trace_id_of(workflow_id)]
+    assert span.start_time <= span.end_time
+    assert workflow_id not in span.to_json()
 
 
 def test_about_one_workflow_in_a_hundred_is_sampled_by_digits_that_no_truncated_id_shows() -> None:
