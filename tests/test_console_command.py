@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from said import Said, Say
 from durable_cluster.ops.cli import main
 from durable_cluster.ops.console import command
 
+SAYS_S = 60
 COMMAND = [sys.executable, "-m", "durable_cluster.ops"]
 APP = """
 from durable_cluster import App
@@ -145,9 +147,7 @@ def test_beside_a_cluster_it_is_a_process_of_its_own_that_ends_even_if_the_clust
     (tmp_path / "small.py").write_text(APP)
     words = ("start", "--app", "small:app", "--console", "127.0.0.1:0", "--data", str(tmp_path / "data"))
     with begun(*words, home=tmp_path, DURABLE_DSN=dsn) as cluster:
-        assert cluster.stdout is not None
-        address = next(line.split()[1] for line in cluster.stdout if line.startswith("console: "))
-        assert next(line for line in cluster.stdout if line.startswith("up: "))
+        address = said_by(cluster, "console", "up")["console"]
         body = {"workflow": "nothing", "input": 7}
         started = httpx.post(f"{address}api/workflows", json=body, timeout=20).json()
         found = httpx.get(f"{address}api/workflows/{started['id']}", params={"wait_s": 20}, timeout=30).json()
@@ -157,6 +157,21 @@ def test_beside_a_cluster_it_is_a_process_of_its_own_that_ends_even_if_the_clust
         )  # it has the cluster's app
         cluster.kill()
         eventually(lambda: not is_answering(address), seconds=20, what="the console's end")
+
+
+def said_by(process: subprocess.Popen[str], *heads: str) -> dict[str, str]:
+    """What follows each of ``heads`` in its lines; a cluster and its console say theirs in either order."""
+    assert process.stdout is not None
+    late = threading.Timer(SAYS_S, process.kill)
+    late.start()
+    said: dict[str, str] = {}
+    for line in process.stdout:
+        head, _, rest = line.strip().partition(": ")
+        said[head] = rest
+        if said.keys() >= set(heads):
+            late.cancel()
+            return said
+    raise AssertionError(f"it ended, or was killed after {SAYS_S} s, and said {said}")
 
 
 def is_answering(address: str) -> bool:
