@@ -160,27 +160,34 @@ def test_a_page_begins_no_more_steps_than_ended_in_time_before(
     eventually(lambda: inserted(conn) == 28, what="the others left it, and nobody after them")
 
 
-@pytest.mark.parametrize(("pause_s", "rows"), [(0.0, 1), (3_600.0, 2)])
+@pytest.mark.parametrize("is_awaited", [True, False])
 def test_steps_of_a_slow_kind_are_waited_for_again_after_a_while(
     dsn: str,
     conn: psycopg.Connection,
     consume: Callable[[App], Consumer],
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
-    pause_s: float,
-    rows: int,
+    is_awaited: bool,
 ) -> None:
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", pause_s)
-    app = gated(dsn)
+    window_ms = 2_000
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.0 if is_awaited else 3_600.0)
+    app = gated(dsn, page_window_ms=window_ms)
     consumer = consume(app)
     slow = app.named("slow").start("a")
     until(consumer, lambda: detached(conn) == 1)
     GATE.set()
     until(consumer, lambda: slow.status() == "completed")
-    quick = app.named("slow").start("b")
-    until(consumer, lambda: quick.status() == "completed")
+    if not is_awaited:
+        GATE.clear()
+    another = app.named("slow").start("b")
+    began = time.monotonic()
+    until(consumer, lambda: another.status() == "completed" if is_awaited else detached(conn) == 1)
+    if not is_awaited:
+        assert time.monotonic() - began < window_ms / 2_000, "nobody waited for the page's window"
+        GATE.set()
+        until(consumer, lambda: another.status() == "completed")
     consumer.close()
-    eventually(lambda: inserted(conn) == rows, what="a step that is not waited for costs a row")
+    eventually(lambda: inserted(conn) == (1 if is_awaited else 2), what="a step that is not waited for costs a row")
 
 
 def test_the_steps_of_a_dead_process_are_run_by_another_with_the_progress_of_the_first(
