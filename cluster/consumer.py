@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import select
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -27,6 +26,7 @@ from durable_cluster.envelope import AmbiguousPage, decode_page, header_of
 from durable_cluster.errors import BatchLost
 from durable_cluster.executor import Task
 from durable_cluster.handoff import NOBODYS_FAULT, Window
+from durable_cluster.listener import Listener
 from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
 from durable_cluster.timed import page_of, steps_of
@@ -68,7 +68,7 @@ class Consumer:
         self._lines_min = min(LINES_MIN, settings.page_lines_max)
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = self._connected("starting")
-        self._is_notified = False
+        self._listener = Listener(self._connection)
         self._steps = steps_of(tracing, machines, settings)
         beside = self._beside = Beside(settings, steps=self._steps)
         secret = side_statements.secret(self._connection)
@@ -82,8 +82,6 @@ class Consumer:
         self._has_appended: dict[int, bool] = {}
         self._open: dict[int, list[int]] = {}
         self._released: set[int] = set()
-        self._listening: set[int] = set()
-        self._is_asleep = False
         self._seen_due_s: float | None = None
         self._has_looked = False
         self._probe_takeover_at = self._sweep_at = 0.0
@@ -124,18 +122,14 @@ class Consumer:
         self._see_clock()
         self._pages.use(self._connection)
         self._aside.use(self._connection)
+        self._listener.use(self._connection)
         self._joined = []  # maintenance may have swept the name of a process that was away for long
         self._has_appended.clear()
-        self._listening.clear()
-        self._is_asleep = self._has_looked = False
+        self._has_looked = False
         self._probe_takeover_at = self._sweep_at = 0.0
 
     def _connected(self, member: str) -> psycopg.Connection[Any]:
-        connection = connect_worker(
-            self._dsn, name=f"durable-cluster shard {self.home} {member}", settings=self._settings
-        )
-        connection.add_notify_handler(self._note)
-        return connection
+        return connect_worker(self._dsn, name=f"durable-cluster shard {self.home} {member}", settings=self._settings)
 
     def _see_clock(self) -> None:
         now_s = side_statements.now(self._connection)
@@ -151,7 +145,6 @@ class Consumer:
         """Read ``shard`` too, beginning with the windows that its dead consumer left."""
         if shard not in self.shards:
             self.shards = [*self.shards, shard]
-            self._is_asleep = False
         self._has_looked = False
         self._released.discard(shard)
         self._probe_takeover_at = 0.0
@@ -161,11 +154,10 @@ class Consumer:
         """Stop reading ``shard``, unless it is home: after one more claim, and when the window that gave is read to its end."""
         if shard != self.home:
             self._released.add(shard)
-        if self._is_asleep:
-            self._forget_released()
 
     def _forget_released(self) -> None:
         gone = self._released - self._open.keys()
+        self._listener.unmark(gone)
         self._released -= gone
         self.shards = [shard for shard in self.shards if shard not in gone]
 
@@ -182,8 +174,8 @@ class Consumer:
         def is_over() -> bool:
             return len(self.shards) > 1 or time.monotonic() > turn_ends or should_stop()
 
-        has_swept = self._sweep()
         found = [self._drain(shard, is_over, on_page) for shard in tuple(self.shards)]
+        has_swept = self._sweep()
         if self._released:
             self._forget_released()
         return bool(self._aside.tend()) or has_swept or any(found)
@@ -191,8 +183,8 @@ class Consumer:
     def wait(self, idle_s: float, wakeups: Sequence[int] = ()) -> bool:
         """Wait until there may be work, or one of the file descriptors ``wakeups`` is ready, or a pause is over.
 
-        ``idle_s``: seconds since the last work, which set the pause: 1 to 10 ms for the first second, then up to one second
-        with the shards marked idle, so that appenders notify; never longer than until the next timer is due, which is fired here.
+        ``idle_s``: seconds since the last work, which set the pause: a millisecond or so at first (``busy_poll_s``), then up to one
+        second with the shards marked, so that appenders notify; never longer than until the next timer is due, which is fired here.
         Whether there is work.
         """
         busy_s = self._settings.busy_poll_s
@@ -200,18 +192,22 @@ class Consumer:
             pause_s = min(POLL_S_BUSY_MAX, max(POLL_S_MIN, idle_s / 8))
         else:
             pause_s = min(self._settings.idle_poll_s_max, (idle_s - busy_s) / 2 + POLL_S_BUSY_MAX)
-            if not self._is_asleep:
-                self._fall_asleep()
-                self._has_looked = False  # what was appended before the mark, nobody has told
+            self._forget_released()
+            self._has_looked &= not self._listener.mark(self.shards)
         has_work, due_s = (False, self._seen_due_s) if self._has_looked else self._look()
         if not has_work:
-            self._pause(pause_s if due_s is None else min(pause_s, max(POLL_S_MIN, due_s)), wakeups)
+            pause_s = pause_s if due_s is None else min(pause_s, max(POLL_S_MIN, due_s))
+            is_told = self._listener.pause(pause_s, (self._beside.fileno(), *wakeups))
             has_work = bool(self._aside.tend(is_taking=False))
-            found, self._seen_due_s = self._look()
-            has_work |= found
+            if is_told:
+                self._aside.look_soon()
+                has_work = True
+            else:
+                found, self._seen_due_s = self._look()
+                has_work |= found
         self._has_looked = not has_work  # at once the next call would only see the same
-        if has_work and self._is_asleep:
-            self._wake_up()
+        if has_work:
+            self._listener.unmark(self.shards)
         return has_work
 
     def expects_work(self, within_s: float) -> bool:
@@ -228,7 +224,9 @@ class Consumer:
             stop_at = time.monotonic() + grace_s
             while self._aside.is_busy and time.monotonic() < stop_at:
                 self._aside.tend(is_taking=False)
-                self._pause(min(AFTERMATH_POLL_S, max(0.0, stop_at - time.monotonic())), ())
+                self._listener.pause(
+                    min(AFTERMATH_POLL_S, max(0.0, stop_at - time.monotonic())), (self._beside.fileno(),)
+                )
             statements.abandon(self._connection, self.owner)
             for shard in self._joined:
                 self._leave(shard)
@@ -369,32 +367,3 @@ class Consumer:
         if fired:
             self._sweep_at = 0.0
         return fired > 0
-
-    def _fall_asleep(self) -> None:
-        self._forget_released()
-        for shard in self.shards:
-            if shard not in self._listening:
-                statements.listen(self._connection, shard)
-                self._listening.add(shard)
-            statements.fall_asleep(self._connection, shard)
-        self._is_asleep = True
-
-    def _wake_up(self) -> None:
-        for shard in self.shards:
-            statements.wake_up(self._connection, shard)
-        self._is_asleep = False
-
-    def _pause(self, pause_s: float, wakeups: Sequence[int]) -> None:
-        """Until notified, woken, or the pause is over. A notification may also have come along with a statement's answer."""
-        if not self._is_notified:
-            poll = select.poll()
-            for descriptor in (self._connection.fileno(), self._beside.fileno(), *wakeups):
-                poll.register(descriptor, select.POLLIN)
-            poll.poll(pause_s * 1000)
-            self._connection.pgconn.consume_input()
-            while self._connection.pgconn.notifies():
-                pass
-        self._is_notified = False
-
-    def _note(self, notify: psycopg.Notify) -> None:
-        self._is_notified = True

@@ -44,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sweep_s: float = 0.02
     drain_grace_s: float = 30.0
     idle_poll_s_max: float = 1.0
-    busy_poll_s: float = 1.0
+    busy_poll_s: float = 0.01
     takeover_probe_s: float = 0.5
     maintenance_s: float = 5.0
     lock_timeout_ms: int = 5_000
@@ -96,7 +96,7 @@ MEANINGS = {
     "sweep_s": "how often a process that has work looks for timers that are due",
     "drain_grace_s": "so long slow steps have to end when the cluster is told to stop; the rest is handed back",
     "idle_poll_s_max": "the longest pause between two looks of a process that has nothing to do and hears of nothing",
-    "busy_poll_s": "for so long after its last work a process goes on looking often",
+    "busy_poll_s": "for so long after its last work a process goes on looking often, before it waits to be notified",
     "takeover_probe_s": "how often a process looks for windows whose owner has fallen silent",
     "maintenance_s": "how often upkeep is due: partitions, rotation, retention, the names of the dead",
     "lock_timeout_ms": "a lock that a process does not get within this is an error, and the page is tried again",

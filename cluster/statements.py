@@ -298,10 +298,11 @@ def leave_shard(connection: Connection, shard: int, member: str) -> None:
         plain_cursor(connection).execute("select durable.leave_shard(%s, %s)", (shard, member))
 
 
-def fall_asleep(connection: Connection, shard: int) -> None:
-    """Ask appenders to notify."""
+def fall_asleep(connection: Connection, shard: int) -> bool:
+    """Ask appenders to notify, for as long as this session lasts. Not while a sibling has asked: then False."""
     with translated():
-        plain_cursor(connection).execute("select durable.fall_asleep(%s)", (shard,))
+        row = plain_cursor(connection).execute("select durable.fall_asleep(%s)", (shard,)).fetchone()
+    return row is not None and bool(row[0])
 
 
 def wake_up(connection: Connection, shard: int) -> None:

@@ -164,9 +164,7 @@ def await_quiet(connection: Connection) -> None:
 def await_sleep(connection: Connection) -> None:
     """Return when the consumers of every shard have fallen asleep."""
     until(
-        lambda: _is_true(
-            connection, "select not exists (select shard from durable.shard except select shard from durable.idle)"
-        ),
+        lambda: _is_true(connection, "select bool_and(durable.is_asleep(s.shard)) from durable.shard s"),
         what="the consumers to fall asleep",
     )
 

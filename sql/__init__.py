@@ -7,7 +7,7 @@ from importlib.resources import files
 MIGRATIONS = (
     *("001_engine", "002_durable", "003_survival", "004_waits"),
     *("005_coordination", "006_schedules", "007_search", "008_linear", "009_values", "010_replay"),
-    *("011_timeline", "012_traceparent"),
+    *("011_timeline", "012_traceparent", "013_marks"),
 )
 ENGINE = ("queues", "events", "ticks", "consumers", "batches", "rotation", "info", "grants")
 DURABLE = (

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from durable_cluster import App, Context, Continuation, Settings
+from durable_cluster.consumer import Consumer
 
 QUIET_S = 3.0
 READS_PER_S_MAX = 8  # two shards each, and the statistics' own
@@ -108,10 +109,16 @@ def consumers(
             what="that all consumers are asleep",
         )
         eventually(
-            lambda: conn.execute("select count(*) from durable.idle").fetchone() == (2,),
+            lambda: asleep_shards(conn) == 2,
             what="that both shards are idle",
         )
         yield count
+
+
+def asleep_shards(conn: psycopg.Connection) -> int:
+    row = conn.execute("select count(*) from durable.shard s where durable.is_asleep(s.shard)").fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def counters(conn: psycopg.Connection) -> tuple[int, int, int]:
@@ -157,10 +164,9 @@ def test_a_start_wakes_a_consumer_that_has_long_been_idle_at_once(
     app = quiet_app(dsn)
     app.client.connection()
     took_s: list[float] = []
-    settled = "select count(*) from durable.idle"
     for n in range(5):
         deadline = time.monotonic() + 20
-        while conn.execute(settled).fetchone() != (2,) and time.monotonic() < deadline:
+        while asleep_shards(conn) != 2 and time.monotonic() < deadline:
             threading.Event().wait(0.05)
         threading.Event().wait(1.2)
         begin = time.monotonic()
@@ -177,9 +183,68 @@ def test_a_start_notifies_nobody_while_consumers_are_awake(dsn: str, conn: psyco
     app.named("quiet").start_many(list(range(50)))
     app.run(until_idle=True)
     assert list(conn.notifies(timeout=0.2)) == []
-    conn.execute("insert into durable.idle values (0), (1)")
+    sleeper = psycopg.connect(dsn, autocommit=True)
+    sleeper.execute("select durable.fall_asleep(0), durable.fall_asleep(1)")
     app.named("quiet").start_many(list(range(50)))
     assert {note.channel for note in conn.notifies(timeout=5, stop_after=2)} == {"durable_0", "durable_1"}
+    sleeper.close()
+    app.close()
+
+
+def test_a_mark_is_one_sessions_and_ends_with_it_and_whoever_appends_does_not_keep_it_away(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    first, second = psycopg.connect(dsn, autocommit=True), psycopg.connect(dsn, autocommit=True)
+    asleep = "select durable.fall_asleep(0)"
+    with psycopg.connect(dsn) as tx, closing(quiet_app(dsn)) as app:
+        app.named("quiet").start_many(list(range(50)), tx=tx)
+        assert first.execute(asleep).fetchone() == (True,), "while a transaction that has appended is open"
+    assert second.execute(asleep).fetchone() == (False,)
+    assert asleep_shards(conn) == 1
+    assert first.execute("select durable.is_asleep(0)").fetchone() == (False,), "nobody notifies itself"
+    assert first.execute("select durable.wake_up(0)").fetchone() == (True,)
+    assert asleep_shards(conn) == 0
+    assert second.execute(asleep).fetchone() == (True,)
+    second.close()
+    deadline = time.monotonic() + 10
+    while asleep_shards(conn) and time.monotonic() < deadline:
+        threading.Event().wait(0.005)
+    assert first.execute(asleep).fetchone() == (True,)
+    first.close()
+
+
+def test_a_start_in_a_snapshot_older_than_the_mark_notifies(dsn: str, conn: psycopg.Connection) -> None:
+    for shard in (0, 1):
+        conn.execute(f"listen durable_{shard}")
+    with psycopg.connect(dsn) as tx, closing(quiet_app(dsn)) as app, psycopg.connect(dsn, autocommit=True) as sleeper:
+        tx.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        tx.execute("select 1")
+        sleeper.execute("select durable.fall_asleep(0), durable.fall_asleep(1)")
+        app.named("quiet").start_many(list(range(50)), tx=tx)
+        tx.commit()
+        assert {note.channel for note in conn.notifies(timeout=5, stop_after=2)} == {"durable_0", "durable_1"}
+
+
+def test_a_sibling_takes_the_mark_over_and_is_told_of_what_is_appended(
+    dsn: str, conn: psycopg.Connection, eventually: Callable[..., None]
+) -> None:
+    app = quiet_app(dsn)
+    first, second = (Consumer(dsn, 0, app.machines, app.settings) for _ in range(2))
+    for consumer in (first, second):
+        while consumer.work(lambda: False, lambda: None):
+            pass
+    idle_s = app.settings.busy_poll_s * 2
+    assert not first.wait(idle_s)
+    assert asleep_shards(conn) == 1
+    first.close()
+    eventually(lambda: asleep_shards(conn) == 0, what="the end of the session, and of its mark")
+    assert not second.wait(idle_s)
+    assert asleep_shards(conn) == 1
+    app.named("quiet").start_many(list(range(50)))
+    assert second.wait(60.0)
+    assert asleep_shards(conn) == 0, "who is awake is not notified"
+    assert second.work(lambda: False, lambda: None)
+    second.close()
     app.close()
 
 

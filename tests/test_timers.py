@@ -355,15 +355,17 @@ def test_next_due_tells_when(dsn: str, conn: Connection, clock: Callable[[float]
     assert due_s is not None and 2 * HOUR_S - 60 < due_s < 2 * HOUR_S - 35
 
 
-def test_a_shard_asleep_is_notified_of_what_is_due_soon_and_of_nothing_else(conn: Connection) -> None:
+def test_a_shard_asleep_is_notified_of_what_is_due_soon_and_of_nothing_else(dsn: str, conn: Connection) -> None:
     for shard in (0, 1):
         conn.execute(f"listen durable_{shard}")
     schedule(conn, {1: 1})
     assert list(conn.notifies(timeout=0.1)) == []
-    conn.execute("insert into durable.idle values (0), (1)")
+    sleeper = psycopg.connect(dsn, autocommit=True)
+    sleeper.execute("select durable.fall_asleep(0), durable.fall_asleep(1)")
     schedule(conn, {1: HOUR_S})
     assert list(conn.notifies(timeout=0.1)) == []
     schedule(conn, {1: 1})
+    sleeper.close()
     shard = one(conn, "select shard from durable.slot where slot = durable.slot_of(%s)", line(1)[6:38])
     assert [note.channel for note in conn.notifies(timeout=5, stop_after=1)] == [f"durable_{shard}"]
 

@@ -134,7 +134,7 @@ begin
         from (select k.tick_id, k.tick_event_seq from pgque.tick k where k.tick_queue = v_queue_id
               order by k.tick_id desc limit 1) t;
     end if;
-    select * into v_batch from pgque.next_batch_custom(v_queue, durable.consumer_of(i_shard), i_member, null, null, null, null);
+    v_batch := pgque.next_batch_custom(v_queue, durable.consumer_of(i_shard), i_member, null, null, null, null);
     if v_batch.batch_id is null then
         return null;
     end if;
@@ -164,13 +164,20 @@ language sql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$ select pgque.unregister_subconsumer(durable.queue_of(i_shard), durable.consumer_of(i_shard), i_member) $$;
 
--- durable.fall_asleep(shard), durable.wake_up(shard): the mark that makes appenders notify. Written on the change only.
-create or replace function durable.fall_asleep(i_shard int) returns void
-language sql security definer
-set search_path = pg_catalog, durable, pg_temp
-as $$ insert into durable.idle (shard) values (i_shard) on conflict do nothing $$;
+-- durable.fall_asleep(shard), durable.wake_up(shard): the mark that makes appenders notify: a lock of the session, which ends with it and
+-- leaves no dead row. Whether this session has it now; not while a sibling has it, or somebody looks: ask again later.
+create or replace function durable.fall_asleep(i_shard int) returns boolean
+language sql volatile
+as $$ select pg_try_advisory_lock(1685418860, i_shard) $$;
 
-create or replace function durable.wake_up(i_shard int) returns void
-language sql security definer
-set search_path = pg_catalog, durable, pg_temp
-as $$ delete from durable.idle i where i.shard = i_shard $$;
+create or replace function durable.wake_up(i_shard int) returns boolean
+language sql volatile
+as $$ select pg_advisory_unlock(1685418860, i_shard) $$;
+
+-- durable.is_asleep(shard): whether a consumer of the shard sleeps in another session. One expression, so that nothing comes between
+-- its two locks. The lock is not kept: transactions that append would keep everybody awake for as long as they are open.
+create or replace function durable.is_asleep(i_shard int) returns boolean
+language sql volatile
+as $$
+    select case when pg_try_advisory_lock_shared(1685418860, i_shard) then not pg_advisory_unlock_shared(1685418860, i_shard) else true end
+$$;

@@ -144,7 +144,7 @@ begin
     where (d.id, d.seq) in (select x.id, x.seq from durable.detached x where x.owner = i_owner order by x.id, x.seq for update);
     get diagnostics v_rows = row_count;
     if v_rows > 0 then
-        perform pg_notify(durable.queue_of(i.shard), '') from durable.idle i;
+        perform pg_notify(s.queue, '') from durable.shard s where durable.is_asleep(s.shard);
     end if;
     return v_rows;
 end

@@ -62,7 +62,7 @@ create or replace function durable.line_middle(i_seq int, i_workflow text, i_ste
 returns text
 language sql immutable
 as $$
-    select '","n":' || i_seq || ',"f":"' || i_workflow || '","s":"' || i_step || '","v":' || i_version
+    select '","n":' || i_seq::text || ',"f":"' || i_workflow || '","s":"' || i_step || '","v":' || i_version::text
         || coalesce(',"t":"' || i_traceparent || '"', '') || ',"d":'
 $$;
 
@@ -83,7 +83,7 @@ as $$
 begin
     perform pgque.insert_event(durable.queue_of(i_shard), 'steps', i_lines, i_n::text, null, null, null);
     -- Later than the insert; a consumer that falls asleep between the two finds the event by its own poll.
-    if exists (select 1 from durable.idle i where i.shard = i_shard) then
+    if durable.is_asleep(i_shard) then
         perform pg_notify(durable.queue_of(i_shard), '');
     end if;
 end

@@ -36,11 +36,11 @@ as $$ select get_byte(uuid_send(i_id), 2) * 4 + get_byte(uuid_send(i_id), 3) / 6
 -- durable.queue_of(shard), durable.consumer(): the names the engine knows a shard's log and its readers by.
 create or replace function durable.queue_of(i_shard int) returns text
 language sql immutable parallel safe
-as $$ select 'durable_' || i_shard $$;
+as $$ select 'durable_' || i_shard::text $$;
 
 create or replace function durable.consumer_of(i_shard int) returns text
 language sql immutable parallel safe
-as $$ select 'durable_' || i_shard $$;
+as $$ select 'durable_' || i_shard::text $$;
 
 -- durable.lay_out(shards): creates the queues and the slot map of an empty database; on a laid-out one it demands the same number.
 -- Tables: cluster, shard, slot (written once).

@@ -32,10 +32,11 @@ begin
         ' select $5 + make_interval(secs => q.ms / 1000), q.id, q.seq, case when q.ms <= $6 then q.line end'
         ' from unnest($1, $2, $3, $4) q(id, seq, line, ms)'
         using i_ids, i_seqs, i_lines, i_delays_ms, v_now, v_long_ms;
-    if exists (select 1 from durable.idle) then
-        perform pg_notify(durable.queue_of(i.shard), '') from durable.idle i
-        where i.shard in (select s.shard from unnest(i_ids, i_delays_ms) q(id, ms)
-                          join durable.slot s on s.slot = durable.slot_of(q.id) where q.ms <= v_soon_ms);
+    if exists (select from durable.shard s where durable.is_asleep(s.shard)) then
+        perform pg_notify(s.queue, '') from durable.shard s
+        where s.shard in (select l.shard from unnest(i_ids, i_delays_ms) q(id, ms)
+                          join durable.slot l on l.slot = durable.slot_of(q.id) where q.ms <= v_soon_ms)
+            and durable.is_asleep(s.shard);
     end if;
 end
 $$;

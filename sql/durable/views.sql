@@ -111,7 +111,7 @@ as $$
         (select count(*)::int from durable.win w where w.shard = s.shard and w.active = '-infinity'),
         (select count(*)::int from pg_stat_activity a
          where a.datname = current_database() and a.application_name like 'durable-cluster shard ' || s.shard || ' %'),
-        exists (select 1 from durable.idle i where i.shard = s.shard),
+        durable.is_asleep(s.shard),
         (select clock_timestamp() - t.tick_time from pgque.tick t where t.tick_queue = s.queue_id order by t.tick_id desc limit 1)
     from durable.shard s order by s.shard
 $$;

@@ -121,6 +121,7 @@ as $$
 declare
   v_queue int;
   v_member int;
+  v_batch record;
 begin
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
     perform pgque.refuse_isolation('next_batch');
@@ -134,8 +135,10 @@ begin
     exit when found;
     perform pgque.register_subconsumer(queue, consumer, subconsumer);
   end loop;
-  select b.batch_id, b.prev_tick_id, b.next_tick_id into batch_id, prev_tick_id, next_tick_id
-    from pgque.open_batch(v_queue, v_member, min_lag, min_count, min_interval, dead_interval) b;
+  v_batch := pgque.open_batch(v_queue, v_member, min_lag, min_count, min_interval, dead_interval);
+  batch_id := v_batch.batch_id;
+  prev_tick_id := v_batch.prev_tick_id;
+  next_tick_id := v_batch.next_tick_id;
 end $$;
 
 -- pgque.next_batch(queue, consumer, subconsumer, dead_interval) -> bigint: the same, one tick, the batch id only.
