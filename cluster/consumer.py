@@ -26,7 +26,7 @@ from durable_cluster.envelope import AmbiguousPage, decode_page, header_of
 from durable_cluster.errors import BatchLost
 from durable_cluster.executor import Task
 from durable_cluster.handoff import NOBODYS_FAULT, Window
-from durable_cluster.listener import Listener
+from durable_cluster.listener import POLL_S_MIN, Listener
 from durable_cluster.page import PageRunner
 from durable_cluster.settings import Settings
 from durable_cluster.timed import page_of, steps_of
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("durable_cluster.consumer")
 
-POLL_S_MIN = 0.001
-POLL_S_BUSY_MAX = 0.01
 AFTERMATH_POLL_S = 0.25
 TURN_S = 0.25
 LINES_MIN = 16
@@ -68,7 +66,7 @@ class Consumer:
         self._lines_min = min(LINES_MIN, settings.page_lines_max)
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = self._connected("starting")
-        self._listener = Listener(self._connection)
+        self._listener = Listener(self._connection, settings)
         self._steps = steps_of(tracing, machines, settings)
         beside = self._beside = Beside(settings, steps=self._steps)
         secret = side_statements.secret(self._connection)
@@ -157,7 +155,9 @@ class Consumer:
 
     def _forget_released(self) -> None:
         gone = self._released - self._open.keys()
-        self._listener.unmark(gone)
+        if not gone:
+            return
+        self._listener.leave(gone)
         self._released -= gone
         self.shards = [shard for shard in self.shards if shard not in gone]
 
@@ -168,6 +168,7 @@ class Consumer:
         detached steps. ``should_stop`` is asked between pages; ``on_page`` is called before each. What is left of a window stays
         its owner's, and the next call goes on with it. A claim takes a transaction id: an idle caller waits for ``wait``.
         """
+        self._listener.unmark()
         self._has_looked = False
         turn_ends = time.monotonic() + TURN_S
 
@@ -176,38 +177,34 @@ class Consumer:
 
         found = [self._drain(shard, is_over, on_page) for shard in tuple(self.shards)]
         has_swept = self._sweep()
-        if self._released:
-            self._forget_released()
+        self._forget_released()
         return bool(self._aside.tend()) or has_swept or any(found)
 
     def wait(self, idle_s: float, wakeups: Sequence[int] = ()) -> bool:
         """Wait until there may be work, or one of the file descriptors ``wakeups`` is ready, or a pause is over.
 
-        ``idle_s``: seconds since the last work, which set the pause: a millisecond or so at first (``busy_poll_s``), then up to one
-        second with the shards marked, so that appenders notify; never longer than until the next timer is due, which is fired here.
+        ``idle_s``: seconds since the last work, which set the pause: milliseconds at first (``busy_poll_s``), then up to one second
+        with the shards marked, so that appenders notify; never longer than until the next timer is due, which is fired here.
         Whether there is work.
         """
-        busy_s = self._settings.busy_poll_s
-        if idle_s <= busy_s:
-            pause_s = min(POLL_S_BUSY_MAX, max(POLL_S_MIN, idle_s / 8))
-        else:
-            pause_s = min(self._settings.idle_poll_s_max, (idle_s - busy_s) / 2 + POLL_S_BUSY_MAX)
-            self._forget_released()
-            self._has_looked &= not self._listener.mark(self.shards)
+        listener = self._listener
+        if idle_s > listener.awake_s and listener.mark(self.shards):
+            self._has_looked = False  # what was appended before the mark, nobody has told
         has_work, due_s = (False, self._seen_due_s) if self._has_looked else self._look()
         if not has_work:
-            pause_s = pause_s if due_s is None else min(pause_s, max(POLL_S_MIN, due_s))
-            is_told = self._listener.pause(pause_s, (self._beside.fileno(), *wakeups))
+            self._forget_released()
+            pause_s = listener.pause_s(idle_s)
+            if due_s is not None:
+                pause_s = min(pause_s, max(POLL_S_MIN, due_s))
+            told = listener.pause(pause_s, (self._beside.fileno(), *wakeups))
             has_work = bool(self._aside.tend(is_taking=False))
-            if is_told:
+            if told & (listener.marked | self._open.keys()):
                 self._aside.look_soon()
                 has_work = True
             else:
                 found, self._seen_due_s = self._look()
                 has_work |= found
         self._has_looked = not has_work  # at once the next call would only see the same
-        if has_work:
-            self._listener.unmark(self.shards)
         return has_work
 
     def expects_work(self, within_s: float) -> bool:
@@ -221,6 +218,7 @@ class Consumer:
         if self._connection.closed:
             return
         try:
+            self._listener.unmark()
             stop_at = time.monotonic() + grace_s
             while self._aside.is_busy and time.monotonic() < stop_at:
                 self._aside.tend(is_taking=False)

@@ -13,6 +13,9 @@ from durable_cluster.errors import ConfigurationError, ConnectionFailed, Handler
 from durable_cluster.settings import Settings, environment
 
 CONNECT_TIMEOUT_S = 10
+KEEPALIVE_IDLE_S = 10
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVES = 3
 ENDS_A_TRANSACTION = re.compile(
     r"^\s*(?:commit|end|abort|begin|start\s+transaction|prepare\s+transaction|rollback(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
     re.IGNORECASE,
@@ -38,9 +41,9 @@ def connect(
             autocommit=True,
             application_name=name,
             connect_timeout=CONNECT_TIMEOUT_S,
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
+            keepalives_idle=KEEPALIVE_IDLE_S,
+            keepalives_interval=KEEPALIVE_INTERVAL_S,
+            keepalives_count=KEEPALIVES,
         )
     except psycopg.ProgrammingError:
         # Neither the DSN nor what libpq says of it may be repeated: both can hold a password.
@@ -87,6 +90,7 @@ def connect_worker(dsn: str, *, name: str, settings: Settings) -> psycopg.Connec
     """As ``connect``, for processes whose transactions must not hold others up.
 
     A transaction that sits idle ends before its window would be taken over; a lock that is not had in time is an error.
+    The server finds out as soon as we do when the other side has vanished: what the session holds is free then.
     Settings are made by SET rather than by start-up options, which poolers drop.
     """
     connection = connect(dsn, name=name, kind=WorkerConnection)
@@ -95,8 +99,12 @@ def connect_worker(dsn: str, *, name: str, settings: Settings) -> psycopg.Connec
     connection.execute(
         "select set_config('lock_timeout', %s, false), set_config('idle_in_transaction_session_timeout', %s, false),"
         " set_config('statement_timeout', %s, false), set_config('jit', 'off', false),"
-        " set_config('default_transaction_isolation', 'read committed', false)",
-        (str(settings.lock_timeout_ms), str(idle_ms), str(int(settings.step_timeout_s * 1000) or 1)),
+        " set_config('default_transaction_isolation', 'read committed', false), set_config('tcp_keepalives_idle', %s, false),"
+        " set_config('tcp_keepalives_interval', %s, false), set_config('tcp_keepalives_count', %s, false)",
+        (
+            *(str(settings.lock_timeout_ms), str(idle_ms), str(int(settings.step_timeout_s * 1000) or 1)),
+            *(str(KEEPALIVE_IDLE_S), str(KEEPALIVE_INTERVAL_S), str(KEEPALIVES)),
+        ),
     )
     return connection
 

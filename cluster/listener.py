@@ -1,66 +1,97 @@
 """How a consumer waits for work without asking for it: it marks its shards, and is notified of what is appended to them.
 
 A mark is a lock of the session (see ``claim.sql``). One consumer a shard has it; its siblings hear the same notifications.
+A commit that notifies waits for all others that do. So who is woken soon after it fell asleep stays awake for longer the next
+time: under a steady load nobody sleeps, and nobody notifies.
 """
 
 from __future__ import annotations
 
 import select
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Collection, Sequence, Set
 from typing import Any
 
 import psycopg
 
-from durable_cluster import statements
+from durable_cluster import side_statements
+from durable_cluster.settings import Settings
+
+POLL_S_MIN = 0.001
+POLL_S_MAX = 0.01
+SHORT_SLEEP_S = 0.25
+AWAKE_OF_SHORT_SLEEP = 4
 
 
 class Listener:
-    """What one consumer has marked, and whether it was told since."""
+    """What one consumer has marked, what it was notified of, how long it pauses. ``awake_s``: idle so long, it marks nothing."""
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], settings: Settings) -> None:
+        self._busy_s = self.awake_s = settings.busy_poll_s
+        self._pause_s_max = settings.idle_poll_s_max
         self.use(connection)
 
     def use(self, connection: psycopg.Connection[Any]) -> None:
         """Go on with a new connection: the marks ended with the old one."""
         self._connection = connection
         self._listening: set[int] = set()
-        self._marked: set[int] = set()
-        self._is_notified = False
-        connection.add_notify_handler(self._note)
+        self.marked: set[int] = set()
+        self._marked_at = 0.0
+        self._notified: set[str] = set()
+        connection.add_notify_handler(lambda note: self._notified.add(note.channel))
 
-    def mark(self, shards: Iterable[int]) -> bool:
+    def mark(self, shards: Sequence[int]) -> bool:
         """Ask to be notified of what is appended to ``shards``. Whether any mark is new: of what came before it nobody has told."""
-        new: set[int] = set()
         for shard in shards:
             if shard not in self._listening:
-                statements.listen(self._connection, shard)
+                side_statements.listen(self._connection, shard)
                 self._listening.add(shard)
-            if shard not in self._marked and statements.fall_asleep(self._connection, shard):
-                new.add(shard)
-        self._marked |= new
+        missing = [shard for shard in shards if shard not in self.marked]
+        new = side_statements.fall_asleep(self._connection, missing) if missing else []
+        if new:
+            self.marked.update(new)
+            self._marked_at = time.monotonic()
         return bool(new)
 
-    def unmark(self, shards: Iterable[int]) -> None:
-        """Take that back, where it was asked."""
-        for shard in self._marked.intersection(shards):
-            statements.wake_up(self._connection, shard)
-            self._marked.discard(shard)
+    def unmark(self) -> None:
+        """Take that back."""
+        if self.marked:
+            side_statements.wake_up(self._connection, sorted(self.marked))
+            self.marked.clear()
 
-    def pause(self, pause_s: float, wakeups: Sequence[int]) -> bool:
-        """Until notified, one of ``wakeups`` is ready, or the pause is over. Whether a marked shard has news.
+    def leave(self, shards: Collection[int]) -> None:
+        """Hear no more of ``shards``."""
+        marked = self.marked.intersection(shards)
+        if marked:
+            side_statements.wake_up(self._connection, sorted(marked))
+            self.marked -= marked
+        for shard in self._listening.intersection(shards):
+            side_statements.unlisten(self._connection, shard)
+            self._listening.discard(shard)
+
+    def pause_s(self, idle_s: float) -> float:
+        """How long to pause after ``idle_s`` seconds without work: 1 to 10 ms while awake, then ever more since the newest mark."""
+        if idle_s <= self.awake_s:
+            return min(POLL_S_MAX, max(POLL_S_MIN, idle_s / 8))
+        asleep_s = min(idle_s - self.awake_s, time.monotonic() - self._marked_at)
+        return min(self._pause_s_max, asleep_s / 2 + POLL_S_MAX)
+
+    def pause(self, pause_s: float, descriptors: Sequence[int]) -> Set[int]:
+        """Until notified, one of ``descriptors`` is ready, or the pause is over. The shards that there is news of.
 
         A notification may also have come along with a statement's answer.
         """
-        if not self._is_notified:
+        if not self._notified:
             poll = select.poll()
-            for descriptor in (self._connection.fileno(), *wakeups):
+            for descriptor in (self._connection.fileno(), *descriptors):
                 poll.register(descriptor, select.POLLIN)
             poll.poll(pause_s * 1000)
             self._connection.pgconn.consume_input()
-            while self._connection.pgconn.notifies():
-                self._is_notified = True
-        is_notified, self._is_notified = self._is_notified, False
-        return is_notified and bool(self._marked)
-
-    def _note(self, notify: psycopg.Notify) -> None:
-        self._is_notified = True
+            while note := self._connection.pgconn.notifies():
+                self._notified.add(note.relname.decode())
+        told = {shard for shard in self._listening if side_statements.channel(shard) in self._notified}
+        self._notified.clear()
+        if told & self.marked:
+            slept_s = time.monotonic() - self._marked_at
+            self.awake_s = max(self._busy_s, AWAKE_OF_SHORT_SLEEP * slept_s if slept_s < SHORT_SLEEP_S else 0.0)
+        return told

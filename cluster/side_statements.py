@@ -314,3 +314,31 @@ def retry_dead_letter(
     """
     with translated():
         plain_cursor(connection).execute("select durable.retry_dead_letter(%s, %s, %s::int)", (workflow_id, state, seq))
+
+
+def fall_asleep(connection: Connection, shards: Sequence[int]) -> list[int]:
+    """Ask appenders to these shards to notify, for as long as this session lasts. Those where no sibling had asked before."""
+    with translated():
+        rows = plain_cursor(connection).execute("select durable.fall_asleep(%s::int[])", (list(shards),)).fetchall()
+    return [int(row[0]) for row in rows]
+
+
+def wake_up(connection: Connection, shards: Sequence[int]) -> None:
+    """Take that back."""
+    with translated():
+        plain_cursor(connection).execute("select durable.wake_up(%s::int[])", (list(shards),))
+
+
+def channel(shard: int) -> str:
+    """What a shard's notifications come by."""
+    return f"durable_{int(shard)}"
+
+
+def listen(connection: Connection, shard: int) -> None:
+    """Hear the notifications of a shard on this connection."""
+    plain_cursor(connection).execute(f"listen {channel(shard)}")
+
+
+def unlisten(connection: Connection, shard: int) -> None:
+    """Hear them no more."""
+    plain_cursor(connection).execute(f"unlisten {channel(shard)}")

@@ -298,24 +298,6 @@ def leave_shard(connection: Connection, shard: int, member: str) -> None:
         plain_cursor(connection).execute("select durable.leave_shard(%s, %s)", (shard, member))
 
 
-def fall_asleep(connection: Connection, shard: int) -> bool:
-    """Ask appenders to notify, for as long as this session lasts. Not while a sibling has asked: then False."""
-    with translated():
-        row = plain_cursor(connection).execute("select durable.fall_asleep(%s)", (shard,)).fetchone()
-    return row is not None and bool(row[0])
-
-
-def wake_up(connection: Connection, shard: int) -> None:
-    """Take that back."""
-    with translated():
-        plain_cursor(connection).execute("select durable.wake_up(%s)", (shard,))
-
-
-def listen(connection: Connection, shard: int) -> None:
-    """Hear the notifications of a shard on this connection."""
-    plain_cursor(connection).execute(f"listen durable_{int(shard)}")
-
-
 def heartbeat(connection: Connection, owners: Sequence[int]) -> int:
     """Say that these owners live; how many windows that concerned."""
     with translated():

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psycopg
 import pytest
 
-from durable_cluster import App, Context, Continuation, Settings
+from durable_cluster import App, Context, Continuation, Settings, listener, statements
 from durable_cluster.consumer import Consumer
+from durable_cluster.listener import POLL_S_MIN, Listener
 
 QUIET_S = 3.0
 READS_PER_S_MAX = 8  # two shards each, and the statistics' own
@@ -184,7 +186,7 @@ def test_a_start_notifies_nobody_while_consumers_are_awake(dsn: str, conn: psyco
     app.run(until_idle=True)
     assert list(conn.notifies(timeout=0.2)) == []
     sleeper = psycopg.connect(dsn, autocommit=True)
-    sleeper.execute("select durable.fall_asleep(0), durable.fall_asleep(1)")
+    sleeper.execute("select durable.fall_asleep('{0,1}')")
     app.named("quiet").start_many(list(range(50)))
     assert {note.channel for note in conn.notifies(timeout=5, stop_after=2)} == {"durable_0", "durable_1"}
     sleeper.close()
@@ -195,21 +197,22 @@ def test_a_mark_is_one_sessions_and_ends_with_it_and_whoever_appends_does_not_ke
     dsn: str, conn: psycopg.Connection
 ) -> None:
     first, second = psycopg.connect(dsn, autocommit=True), psycopg.connect(dsn, autocommit=True)
-    asleep = "select durable.fall_asleep(0)"
+    mark = "select durable.fall_asleep('{0}')"
     with psycopg.connect(dsn) as tx, closing(quiet_app(dsn)) as app:
         app.named("quiet").start_many(list(range(50)), tx=tx)
-        assert first.execute(asleep).fetchone() == (True,), "while a transaction that has appended is open"
-    assert second.execute(asleep).fetchone() == (False,)
+        assert first.execute(mark).fetchall() == [(0,)], "while a transaction that has appended is open"
+    assert second.execute(mark).fetchall() == []
     assert asleep_shards(conn) == 1
     assert first.execute("select durable.is_asleep(0)").fetchone() == (False,), "nobody notifies itself"
-    assert first.execute("select durable.wake_up(0)").fetchone() == (True,)
+    assert first.execute("select durable.fall_asleep('{1}')").fetchall() == [(1,)]
+    first.execute("select durable.wake_up('{0,1}')")
     assert asleep_shards(conn) == 0
-    assert second.execute(asleep).fetchone() == (True,)
+    assert second.execute(mark).fetchall() == [(0,)]
     second.close()
     deadline = time.monotonic() + 10
     while asleep_shards(conn) and time.monotonic() < deadline:
         threading.Event().wait(0.005)
-    assert first.execute(asleep).fetchone() == (True,)
+    assert first.execute(mark).fetchall() == [(0,)]
     first.close()
 
 
@@ -219,7 +222,7 @@ def test_a_start_in_a_snapshot_older_than_the_mark_notifies(dsn: str, conn: psyc
     with psycopg.connect(dsn) as tx, closing(quiet_app(dsn)) as app, psycopg.connect(dsn, autocommit=True) as sleeper:
         tx.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         tx.execute("select 1")
-        sleeper.execute("select durable.fall_asleep(0), durable.fall_asleep(1)")
+        sleeper.execute("select durable.fall_asleep('{0,1}')")
         app.named("quiet").start_many(list(range(50)), tx=tx)
         tx.commit()
         assert {note.channel for note in conn.notifies(timeout=5, stop_after=2)} == {"durable_0", "durable_1"}
@@ -242,10 +245,87 @@ def test_a_sibling_takes_the_mark_over_and_is_told_of_what_is_appended(
     assert asleep_shards(conn) == 1
     app.named("quiet").start_many(list(range(50)))
     assert second.wait(60.0)
-    assert asleep_shards(conn) == 0, "who is awake is not notified"
     assert second.work(lambda: False, lambda: None)
+    assert asleep_shards(conn) == 0, "who is awake is not notified"
     second.close()
     app.close()
+
+
+def test_who_is_woken_soon_after_it_fell_asleep_stays_awake_for_longer_the_next_time(
+    conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(listener, "time", SimpleNamespace(monotonic=lambda: now))
+    one = Listener(conn, Settings())
+    base_s = one.awake_s
+    for slept_s, awake_s in ((0.001, base_s), (0.02, 0.08), (0.2, 0.8), (0.3, base_s)):
+        assert one.mark([0])
+        now += slept_s
+        conn.execute("notify durable_0")
+        assert one.pause(10.0, ()) == {0}
+        assert one.awake_s == pytest.approx(awake_s)
+        one.unmark()
+
+
+def test_pauses_grow_from_the_newest_mark_on(conn: psycopg.Connection) -> None:
+    one = Listener(conn, Settings())
+    assert one.pause_s(0.0) == POLL_S_MIN
+    assert one.pause_s(60.0) == 1.0, "a sibling has the mark, and has had it for long"
+    assert one.mark([0, 1])
+    assert one.pause_s(60.0) < 0.5, "what was appended while it was marked anew, nobody has told"
+
+
+def test_of_a_shard_that_it_has_left_it_hears_no_more_and_is_not_woken_by_it(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    app = quiet_app(dsn)
+    consumer = Consumer(dsn, 0, app.machines, app.settings)
+    while consumer.work(lambda: False, lambda: None):
+        pass
+    consumer.adopt(1)
+    assert not consumer.wait(60.0)
+    assert asleep_shards(conn) == 2
+    consumer.release(1)
+    assert not consumer.wait(60.0)
+    assert (consumer.shards, asleep_shards(conn)) == ([0], 1)
+    conn.execute("notify durable_1")
+    assert not consumer.wait(60.0)
+    consumer.close()
+    app.close()
+
+
+def test_a_shard_that_is_adopted_and_released_at_once_is_looked_at_in_between(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    app = quiet_app(dsn)
+    app.named("quiet").start_many(list(range(3_000)))
+    dead = Consumer(dsn, 1, app.machines, app.settings)
+    assert dead.work(lambda: True, lambda: None)
+    consumer = Consumer(dsn, 0, app.machines, app.settings)
+    while consumer.work(lambda: False, lambda: None):
+        pass
+    statements.abandon(conn, dead.owner)
+    consumer.adopt(1)
+    consumer.release(1)
+    assert consumer.wait(60.0)
+    while consumer.work(lambda: False, lambda: None):
+        pass
+    assert conn.execute("select count(*) from durable.finished").fetchone() == (3_000,)
+    dead.close()
+    consumer.close()
+    app.close()
+
+
+def test_a_step_that_any_process_may_take_wakes_the_sleeping(dsn: str, conn: psycopg.Connection) -> None:
+    with psycopg.connect(dsn, autocommit=True) as sleeper:
+        sleeper.execute("select durable.fall_asleep('{0,1}')")
+        for shard in (0, 1):
+            conn.execute(f"listen durable_{shard}")
+        detach = "select durable.detach(0, %s, %s, '{}', '0')"
+        conn.execute(detach, ("10", f"{'1' * 32}:1"))
+        assert list(conn.notifies(timeout=0.1)) == []
+        conn.execute(detach, ("0", f"{'2' * 32}:1"))
+        assert {note.channel for note in conn.notifies(timeout=5, stop_after=2)} == {"durable_0", "durable_1"}
 
 
 def test_a_probe_takes_no_lock_that_a_claim_would_wait_for_and_no_transaction_id(

@@ -361,7 +361,7 @@ def test_a_shard_asleep_is_notified_of_what_is_due_soon_and_of_nothing_else(dsn:
     schedule(conn, {1: 1})
     assert list(conn.notifies(timeout=0.1)) == []
     sleeper = psycopg.connect(dsn, autocommit=True)
-    sleeper.execute("select durable.fall_asleep(0), durable.fall_asleep(1)")
+    sleeper.execute("select durable.fall_asleep('{0,1}')")
     schedule(conn, {1: HOUR_S})
     assert list(conn.notifies(timeout=0.1)) == []
     schedule(conn, {1: 1})

@@ -164,15 +164,15 @@ language sql security definer
 set search_path = pg_catalog, durable, pg_temp
 as $$ select pgque.unregister_subconsumer(durable.queue_of(i_shard), durable.consumer_of(i_shard), i_member) $$;
 
--- durable.fall_asleep(shard), durable.wake_up(shard): the mark that makes appenders notify: a lock of the session, which ends with it and
--- leaves no dead row. Whether this session has it now; not while a sibling has it, or somebody looks: ask again later.
-create or replace function durable.fall_asleep(i_shard int) returns boolean
+-- durable.fall_asleep(shards), durable.wake_up(shards): the mark that makes appenders notify: a lock of the session, which ends with it
+-- and leaves no dead row. Result: the shards that this session marks now; not those of a sibling: ask again later.
+create or replace function durable.fall_asleep(i_shards int[]) returns setof int
 language sql volatile
-as $$ select pg_try_advisory_lock(1685418860, i_shard) $$;
+as $$ select s from unnest(i_shards) s where pg_try_advisory_lock(1685418860, s) $$;
 
-create or replace function durable.wake_up(i_shard int) returns boolean
+create or replace function durable.wake_up(i_shards int[]) returns void
 language sql volatile
-as $$ select pg_advisory_unlock(1685418860, i_shard) $$;
+as $$ select pg_advisory_unlock(1685418860, s) from unnest(i_shards) s $$;
 
 -- durable.is_asleep(shard): whether a consumer of the shard sleeps in another session. One expression, so that nothing comes between
 -- its two locks. The lock is not kept: transactions that append would keep everybody awake for as long as they are open.
@@ -181,3 +181,9 @@ language sql volatile
 as $$
     select case when pg_try_advisory_lock_shared(1685418860, i_shard) then not pg_advisory_unlock_shared(1685418860, i_shard) else true end
 $$;
+
+-- durable.wake_all(): notifies whoever sleeps, of what any process may take.
+create or replace function durable.wake_all() returns void
+language sql volatile security definer
+set search_path = pg_catalog, durable, pg_temp
+as $$ select pg_notify(s.queue, '') from durable.shard s where durable.is_asleep(s.shard) $$;

@@ -21,6 +21,9 @@ begin
     -- A line that somebody put into the log by hand must not stop the page.
     where q.key ~ '^[0-9a-f]{32}:[0-9]{1,9}$'
     on conflict do nothing;
+    if i_owners ~ '(^|\n)0(\n|$)' then
+        perform durable.wake_all();
+    end if;
 end
 $$;
 
@@ -144,7 +147,7 @@ begin
     where (d.id, d.seq) in (select x.id, x.seq from durable.detached x where x.owner = i_owner order by x.id, x.seq for update);
     get diagnostics v_rows = row_count;
     if v_rows > 0 then
-        perform pg_notify(s.queue, '') from durable.shard s where durable.is_asleep(s.shard);
+        perform durable.wake_all();
     end if;
     return v_rows;
 end
