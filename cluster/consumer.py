@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.errors import ObjectInUse
 
-from durable_cluster import side_statements, statements
+from durable_cluster import schema, side_statements, statements
 from durable_cluster.aside import Aside, OnHang
 from durable_cluster.beside import Beside
 from durable_cluster.database import connect_worker
@@ -66,7 +66,7 @@ class Consumer:
         self._lines_min = min(LINES_MIN, settings.page_lines_max)
         self._dead = timedelta(seconds=settings.dead_interval_s)
         self._connection = self._connected("starting")
-        self._listener = Listener(self._connection, settings)
+        self._listener = Listener(self._connection, settings, shards=schema.installed_shards(self._connection) or 1)
         self._steps = steps_of(tracing, machines, settings)
         beside = self._beside = Beside(settings, steps=self._steps)
         secret = side_statements.secret(self._connection)
@@ -199,6 +199,7 @@ class Consumer:
             told = listener.pause(pause_s, (self._beside.fileno(), *wakeups))
             has_work = bool(self._aside.tend(is_taking=False))
             if told & (listener.marked | self._open.keys()):
+                listener.woken(self.meters.newest_commit_s)
                 self._aside.look_soon()
                 has_work = True
             else:

@@ -1,8 +1,8 @@
 """How a consumer waits for work without asking for it: it marks its shards, and is notified of what is appended to them.
 
 A mark is a lock of the session (see ``claim.sql``). One consumer a shard has it; its siblings hear the same notifications.
-A commit that notifies waits for all others that do. So who is woken soon after it fell asleep stays awake for longer the next
-time: under a steady load nobody sleeps, and nobody notifies.
+Commits that notify wait for each other, all over the server. So who is woken too soon for what that costs stays awake for longer
+the next time: under a steady load nobody sleeps, and nobody notifies.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from durable_cluster.settings import Settings
 
 POLL_S_MIN = 0.001
 POLL_S_MAX = 0.01
-SHORT_SLEEP_S = 0.25
+WAITING = 0.5  # of all time, commits that wake somebody may keep each other waiting, in the worst case
 AWAKE_OF_SHORT_SLEEP = 4
+AWAKE_S_MAX = 1.0
 
 
 class Listener:
     """What one consumer has marked, what it was notified of, how long it pauses. ``awake_s``: idle so long, it marks nothing."""
 
-    def __init__(self, connection: psycopg.Connection[Any], settings: Settings) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], settings: Settings, *, shards: int) -> None:
+        self._shards = shards
         self._busy_s = self.awake_s = settings.busy_poll_s
         self._pause_s_max = settings.idle_poll_s_max
         self.use(connection)
@@ -91,7 +93,10 @@ class Listener:
                 self._notified.add(note.relname.decode())
         told = {shard for shard in self._listening if side_statements.channel(shard) in self._notified}
         self._notified.clear()
-        if told & self.marked:
-            slept_s = time.monotonic() - self._marked_at
-            self.awake_s = max(self._busy_s, AWAKE_OF_SHORT_SLEEP * slept_s if slept_s < SHORT_SLEEP_S else 0.0)
         return told
+
+    def woken(self, commit_s: float) -> None:
+        """There was news of a marked shard; a commit takes ``commit_s``. Sets how long it stays awake from now on."""
+        slept_s = time.monotonic() - self._marked_at
+        is_short = slept_s < self._shards * commit_s / WAITING
+        self.awake_s = max(self._busy_s, min(AWAKE_S_MAX, AWAKE_OF_SHORT_SLEEP * slept_s) if is_short else 0.0)

@@ -104,6 +104,7 @@ class Meters:
         self.totals: Totals = {}
         self._known = known
         self._beside = beside
+        self.newest_commit_s = 0.0
         self._is_news = False
         self._cpu_s = time.process_time()
         self._step_cpu_s: defaultdict[str, float] = defaultdict(float)
@@ -153,7 +154,8 @@ class Meters:
 
     def committed(self, shard: int, began: float) -> None:
         """A commit of a page went through; ``began``: as above."""
-        self._of(shard).commit_s.add(time.perf_counter() - began)
+        self.newest_commit_s = time.perf_counter() - began
+        self._of(shard).commit_s.add(self.newest_commit_s)
 
     def was_fenced(self, shard: int) -> None:
         """A commit was refused: the window is somebody else's."""

@@ -251,24 +251,33 @@ def test_a_sibling_takes_the_mark_over_and_is_told_of_what_is_appended(
     app.close()
 
 
-def test_who_is_woken_soon_after_it_fell_asleep_stays_awake_for_longer_the_next_time(
-    conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("slept_s", "commit_s", "awake_s"),
+    [
+        (0.001, 0.02, 0.01),
+        (0.1, 0.02, 0.4),
+        (0.19, 0.02, 0.76),
+        (0.21, 0.02, 0.01),
+        (0.9, 0.1, 1.0),
+        (0.1, 0.005, 0.01),
+    ],
+)
+def test_who_is_woken_too_soon_for_what_a_commit_takes_stays_awake_for_longer_the_next_time(
+    conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, slept_s: float, commit_s: float, awake_s: float
 ) -> None:
     now = 100.0
     monkeypatch.setattr(listener, "time", SimpleNamespace(monotonic=lambda: now))
-    one = Listener(conn, Settings())
-    base_s = one.awake_s
-    for slept_s, awake_s in ((0.001, base_s), (0.02, 0.08), (0.2, 0.8), (0.3, base_s)):
-        assert one.mark([0])
-        now += slept_s
-        conn.execute("notify durable_0")
-        assert one.pause(10.0, ()) == {0}
-        assert one.awake_s == pytest.approx(awake_s)
-        one.unmark()
+    one = Listener(conn, Settings(), shards=5)
+    assert one.mark([0])
+    now += slept_s
+    conn.execute("notify durable_0")
+    assert one.pause(10.0, ()) == {0}
+    one.woken(commit_s)
+    assert one.awake_s == pytest.approx(awake_s)
 
 
 def test_pauses_grow_from_the_newest_mark_on(conn: psycopg.Connection) -> None:
-    one = Listener(conn, Settings())
+    one = Listener(conn, Settings(), shards=5)
     assert one.pause_s(0.0) == POLL_S_MIN
     assert one.pause_s(60.0) == 1.0, "a sibling has the mark, and has had it for long"
     assert one.mark([0, 1])
