@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Any
 
 import psycopg
@@ -55,18 +55,16 @@ class Listener:
             self._marked_at = time.monotonic()
         return bool(new)
 
-    def unmark(self) -> None:
-        """Take that back."""
-        if self.marked:
-            side_statements.wake_up(self._connection, sorted(self.marked))
-            self.marked.clear()
+    def unmark(self, shards: Iterable[int] | None = None) -> None:
+        """Take that back, for all or for some."""
+        gone = self.marked.copy() if shards is None else self.marked.intersection(shards)
+        if gone:
+            side_statements.wake_up(self._connection, sorted(gone))
+            self.marked -= gone
 
     def leave(self, shards: Collection[int]) -> None:
         """Hear no more of ``shards``."""
-        marked = self.marked.intersection(shards)
-        if marked:
-            side_statements.wake_up(self._connection, sorted(marked))
-            self.marked -= marked
+        self.unmark(shards)
         for shard in self._listening.intersection(shards):
             side_statements.unlisten(self._connection, shard)
             self._listening.discard(shard)
