@@ -19,7 +19,9 @@ from durable_cluster.settings import Settings
 
 POLL_S_MIN = 0.001
 POLL_S_MAX = 0.01
-WAITING = 0.5  # of all time, commits that wake somebody may keep each other waiting, in the worst case
+NOTIFYING_MAX = (
+    0.5  # of all time, for the commits that notify, one after the other, were each shard woken as often as it may be
+)
 AWAKE_OF_SHORT_SLEEP = 4
 AWAKE_S_MAX = 1.0
 
@@ -96,5 +98,5 @@ class Listener:
     def woken(self, commit_s: float) -> None:
         """There was news of a marked shard; a commit takes ``commit_s``. Sets how long it stays awake from now on."""
         slept_s = time.monotonic() - self._marked_at
-        is_short = slept_s < self._shards * commit_s / WAITING
+        is_short = slept_s < self._shards * commit_s / NOTIFYING_MAX
         self.awake_s = max(self._busy_s, min(AWAKE_S_MAX, AWAKE_OF_SHORT_SLEEP * slept_s) if is_short else 0.0)

@@ -63,24 +63,18 @@ def parser() -> Parser:
     _add_pause(command("pause", "let no step of a workflow, of all of a type, or of a shard begin"))
     _add_pause(command("resume", "let go on what was paused"))
 
-    priority = command("priority", "give a workflow a larger or smaller share of the turns")
-    priority.add_argument("id", metavar="ID", help="an id, or the first digits of one")
-    priority.add_argument("weight", type=float, metavar="WEIGHT", help="0.1 to 10; 1 is usual")
+    _add_priority(command("priority", "give a workflow a larger or smaller share of the turns"))
 
     command("status", "show the cluster, shard by shard")
 
     _add_list(command("list", "list workflows, newest first"))
 
     show = command("show", "show one workflow")
-    show.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    _add_id(show)
     _add_reader(show)
 
-    history = command("history", "show the awaits that a linear workflow has recorded")
-    history.add_argument("id", metavar="ID", help="an id, or the first digits of one")
-    history.add_argument("--limit", type=between(1, LIMIT_MAX), default=HISTORY_MAX, metavar="N")
-
-    timeline = command("timeline", "show when each step of a workflow ran, as far as that is recorded")
-    timeline.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    _add_history(command("history", "show the awaits that a linear workflow has recorded"))
+    _add_id(command("timeline", "show when each step of a workflow ran, as far as that is recorded"))
 
     _add_again(
         command("replay", "start workflows over, with the same input: a stuck one itself, of an ended one a new one")
@@ -113,6 +107,20 @@ def _add_command(commands: Commands, name: str, help_: str) -> Parser:
     made.add_argument("--data", type=Path, metavar="DIR", help="directory of the local Postgres (./.durable)")
     made.add_argument("--json", action="store_true", help="answer with one JSON document")
     return made
+
+
+def _add_id(to: Parser) -> None:
+    to.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+
+
+def _add_priority(priority: Parser) -> None:
+    _add_id(priority)
+    priority.add_argument("weight", type=float, metavar="WEIGHT", help="0.1 to 10; 1 is usual")
+
+
+def _add_history(history: Parser) -> None:
+    _add_id(history)
+    history.add_argument("--limit", type=between(1, LIMIT_MAX), default=HISTORY_MAX, metavar="N")
 
 
 def _add_start(start: Parser) -> None:
@@ -162,7 +170,7 @@ def _add_run(run: Parser) -> None:
 
 
 def _add_cancel(cancel: Parser) -> None:
-    cancel.add_argument("id", metavar="ID", help="an id, or the first digits of one")
+    _add_id(cancel)
     cancel.add_argument("--reason", default="cancelled", help="why, for whoever asks later")
     cancel.add_argument("--actor", metavar="WHO", help="who cancels")
     cancel.add_argument("--no-cascade", dest="cascade", action="store_false", help="leave its children alone")

@@ -19,7 +19,7 @@ import pytest
 
 from durable_cluster import App, Context, Continuation, Settings, listener, statements
 from durable_cluster.consumer import Consumer
-from durable_cluster.listener import POLL_S_MIN, Listener
+from durable_cluster.listener import POLL_S_MAX, POLL_S_MIN, Listener
 
 QUIET_S = 3.0
 READS_PER_S_MAX = 8  # two shards each, and the statistics' own
@@ -117,6 +117,14 @@ def consumers(
         yield count
 
 
+def drained(dsn: str, app: App) -> Consumer:
+    """A consumer of shard 0 that has nothing left to do."""
+    consumer = Consumer(dsn, 0, app.machines, app.settings)
+    while consumer.work(lambda: False, lambda: None):
+        pass
+    return consumer
+
+
 def asleep_shards(conn: psycopg.Connection) -> int:
     row = conn.execute("select count(*) from durable.shard s where durable.is_asleep(s.shard)").fetchone()
     assert row is not None
@@ -194,7 +202,7 @@ def test_a_start_notifies_nobody_while_consumers_are_awake(dsn: str, conn: psyco
 
 
 def test_a_mark_is_one_sessions_and_ends_with_it_and_whoever_appends_does_not_keep_it_away(
-    dsn: str, conn: psycopg.Connection
+    dsn: str, conn: psycopg.Connection, eventually: Callable[..., None]
 ) -> None:
     first, second = psycopg.connect(dsn, autocommit=True), psycopg.connect(dsn, autocommit=True)
     mark = "select durable.fall_asleep('{0}')"
@@ -209,9 +217,7 @@ def test_a_mark_is_one_sessions_and_ends_with_it_and_whoever_appends_does_not_ke
     assert asleep_shards(conn) == 0
     assert second.execute(mark).fetchall() == [(0,)]
     second.close()
-    deadline = time.monotonic() + 10
-    while asleep_shards(conn) and time.monotonic() < deadline:
-        threading.Event().wait(0.005)
+    eventually(lambda: asleep_shards(conn) == 0, what="the end of the session, and of its mark")
     assert first.execute(mark).fetchall() == [(0,)]
     first.close()
 
@@ -232,10 +238,7 @@ def test_a_sibling_takes_the_mark_over_and_is_told_of_what_is_appended(
     dsn: str, conn: psycopg.Connection, eventually: Callable[..., None]
 ) -> None:
     app = quiet_app(dsn)
-    first, second = (Consumer(dsn, 0, app.machines, app.settings) for _ in range(2))
-    for consumer in (first, second):
-        while consumer.work(lambda: False, lambda: None):
-            pass
+    first, second = drained(dsn, app), drained(dsn, app)
     idle_s = app.settings.busy_poll_s * 2
     assert not first.wait(idle_s)
     assert asleep_shards(conn) == 1
@@ -276,21 +279,23 @@ def test_who_is_woken_too_soon_for_what_a_commit_takes_stays_awake_for_longer_th
     assert one.awake_s == pytest.approx(awake_s)
 
 
-def test_pauses_grow_from_the_newest_mark_on(conn: psycopg.Connection) -> None:
+def test_pauses_grow_from_the_newest_mark_on(conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(listener, "time", SimpleNamespace(monotonic=lambda: now))
     one = Listener(conn, Settings(), shards=5)
     assert one.pause_s(0.0) == POLL_S_MIN
     assert one.pause_s(60.0) == 1.0, "a sibling has the mark, and has had it for long"
     assert one.mark([0, 1])
-    assert one.pause_s(60.0) < 0.5, "what was appended while it was marked anew, nobody has told"
+    assert one.pause_s(60.0) == POLL_S_MAX, "what was appended while it was marked anew, nobody has told"
+    now += 0.5
+    assert one.pause_s(60.0) == pytest.approx(0.25 + POLL_S_MAX)
 
 
 def test_of_a_shard_that_it_has_left_it_hears_no_more_and_is_not_woken_by_it(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     app = quiet_app(dsn)
-    consumer = Consumer(dsn, 0, app.machines, app.settings)
-    while consumer.work(lambda: False, lambda: None):
-        pass
+    consumer = drained(dsn, app)
     consumer.adopt(1)
     assert not consumer.wait(60.0)
     assert asleep_shards(conn) == 2
@@ -310,9 +315,7 @@ def test_a_shard_that_is_adopted_and_released_at_once_is_looked_at_in_between(
     app.named("quiet").start_many(list(range(3_000)))
     dead = Consumer(dsn, 1, app.machines, app.settings)
     assert dead.work(lambda: True, lambda: None)
-    consumer = Consumer(dsn, 0, app.machines, app.settings)
-    while consumer.work(lambda: False, lambda: None):
-        pass
+    consumer = drained(dsn, app)
     statements.abandon(conn, dead.owner)
     consumer.adopt(1)
     consumer.release(1)

@@ -20,6 +20,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from durable_cluster import App, Context, Continuation, Settings, schema
 from durable_cluster.consumer import Consumer
+from durable_cluster.database import connect_worker
 from durable_cluster.embedded import EmbeddedPostgres
 from durable_cluster.loading import load_app
 
@@ -46,6 +47,13 @@ async def rests(ctx: Context, at: dict) -> Continuation:
     await asyncio.sleep(0.15)
     return ctx.sleep("50ms", book, at | {"p": at["p"] + 1})
 '''
+
+
+def test_a_worker_asks_the_server_to_find_out_soon_that_it_has_vanished(dsn: str) -> None:
+    """What each is set to a server only says of a session by TCP: here, that it was set at all."""
+    with connect_worker(dsn, name="vanishing", settings=Settings()) as worker:
+        asked = worker.execute("select name from pg_settings where name like 'tcp_keepalives%' and source = 'session'")
+        assert len(asked.fetchall()) == 3
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["while the cluster starts", "while it works"])

@@ -30,9 +30,8 @@ CALIBRATION_S = 1.0
 CALIBRATION_FLOWS = 40
 CALIBRATION_S_MAX = 60.0
 MARGIN = 1.5
-MARGIN_HELD = (
-    2.5  # seconds in which more is loaded do not count, and there are few; a machine may become twice as fast meanwhile
-)
+# Beside a held snapshot: seconds in which more is loaded do not count, and there are few; a machine may become twice as fast.
+MARGIN_HELD = 2.5
 WARM_SHARE = 0.1
 WARM_S_MAX = 10.0
 LOADED_AHEAD_S = 90.0
