@@ -19,9 +19,7 @@ from durable_cluster.settings import Settings
 
 POLL_S_MIN = 0.001
 POLL_S_MAX = 0.01
-NOTIFYING_MAX = (
-    0.5  # of all time, for the commits that notify, one after the other, were each shard woken as often as it may be
-)
+NOTIFYING_MAX = 0.5  # of all time, for commits that notify, were each shard woken as often as it may be
 AWAKE_OF_SHORT_SLEEP = 4
 AWAKE_S_MAX = 1.0
 
